@@ -1,0 +1,282 @@
+"""Every patch on SGLang, in one place: what, why, guard, and when it can go.
+
+All go through SGLang's own ``HookRegistry``. A hook that fails to apply is only logged there, so
+:func:`assert_applied` is called before serving and again when the worker is built.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from idlm_sglang.config import ALGORITHM, SettingError
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ((0, 5, 23), (0, 5, 24))
+
+
+def check_version(found: str | None = None) -> None:
+    """Raise :class:`SettingError` unless SGLang is in the tested range (>= 0.5.23, < 0.5.24)."""
+    found = version("sglang") if found is None else found
+    numbers = []
+    for part in found.split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    low, high = SUPPORTED
+    if not low <= tuple(numbers) < high:
+        raise SettingError(f"SGLang {found} is installed; this version of idlm-sglang supports >=0.5.23,<0.5.24")
+
+
+def _is_isd() -> bool:
+    from sglang.srt.runtime_context import get_spec
+
+    return get_spec().speculative_algorithm == ALGORITHM
+
+
+# --- 1. Room in the request table --------------------------------------------------------------------------------
+
+
+def room_for_strides(result: int) -> int:
+    """What: ``get_req_to_token_extra_context_len`` returns at least the decode reserve.
+    Why: at page size 1 it adds 4 + W columns while a decode step reserves 2W: rows overflow from W = 5 on.
+    Guard: the hook applied; test with W >= 9 and a small context.
+    Goes when: SGLang sizes the row by ``get_alloc_reserve_per_decode`` for every algorithm, as it does for UNO.
+    """
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size, get_alloc_reserve_per_decode
+
+    if not _is_isd():
+        return result
+    return max(result, get_alloc_reserve_per_decode() + get_alloc_page_size() - 1)
+
+
+# --- 2. Seeds ----------------------------------------------------------------------------------------------------
+
+
+def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
+    """What: ``ForwardBatch.init_new`` leaves the rows' noise keys on ``sampling_info.idlm_seeds``.
+    Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``.
+    Guard: the hook applied; seeded tests.
+    Goes when: ``SamplingBatchInfo`` carries every request's seed.
+    """
+    info = batch.sampling_info
+    if info is None:
+        return
+    info.idlm_seeds = None
+    if not any(req.sampling_params.sampling_seed is not None for req in batch.reqs):
+        return
+    import torch
+
+    from idlm_sglang.engine.admission import plan_of
+    from idlm_sglang.engine.requests import server_seed
+
+    seeds = [plan_of(req, None, server_seed()).seed for req in batch.reqs]
+    host = torch.tensor(seeds, dtype=torch.int64)
+    on_gpu = torch.device(batch.device).type == "cuda"
+    info.idlm_seeds = (host.pin_memory() if on_gpu else host).to(batch.device, non_blocking=True)
+
+
+def token_keyed_sampler(sampler, *_, **__):
+    """What: ``create_sampler`` gives the stock sampler token-keyed noise for seeded batches.
+    Why: the stock seeded draw depends on batch-mates and needs an op that CPU lacks.
+    Guard: only an exact stock ``Sampler`` is replaced; a custom backend's is left alone.
+    Goes when: SGLang's seeded sampling is keyed by token id.
+    """
+    from sglang.srt.layers.sampler import Sampler
+
+    from idlm_sglang.engine.sampler import TokenKeyedSampler
+
+    return TokenKeyedSampler() if type(sampler) is Sampler else sampler
+
+
+# --- 3. Model class and configuration ----------------------------------------------------------------------------
+
+
+def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
+    """What: ``ModelConfig.from_server_args`` maps I-DLM checkpoints to our class and fills in MASK.
+    Why: ``SDARForCausalLM`` is SGLang's block-diffusion class; a plain Qwen3 checkpoint needs MASK removed under ISD.
+    Guard: nothing changes for other architectures, nor with ``--dllm-algorithm``.
+    Goes when: published checkpoints name an architecture of their own.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    from idlm_sglang import checkpoint
+    from idlm_sglang.config import read_settings
+
+    cfg = resolving_view(server_args)
+    hf = config.hf_config
+    names = list(hf.architectures or [])
+    isd = (cfg.speculative_algorithm or "").upper() == ALGORITHM
+    ours = {checkpoint.ARCHITECTURE, checkpoint.PUBLISHED_ARCHITECTURE} | ({checkpoint.AR_ARCHITECTURE} if isd else set())
+    if cfg.dllm_algorithm is not None or not ours & set(names):
+        return
+
+    def load_tokenizer():
+        from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+        return get_tokenizer(cfg.tokenizer_path or cfg.model_path, trust_remote_code=cfg.trust_remote_code, tokenizer_revision=cfg.revision)
+
+    loader = None if cfg.skip_tokenizer_init else load_tokenizer
+    hf.mask_token_id, _ = checkpoint.resolve_mask_token_id(hf, loader, read_settings().mask_token_id, hf.vocab_size)
+    hf.architectures = [checkpoint.ARCHITECTURE]
+
+
+def model_class_on_demand(*args, **kwargs) -> None:
+    """What: before ``get_model_architecture`` looks a class up, ours is in ``ModelRegistry``.
+    Why: registering at plugin load would import the model code in every process, HTTP and detokenizer included.
+    Guard: the hook applied; without it the architecture name is unknown and the start fails.
+    Goes when: ``ModelRegistry`` takes lazy entries.
+    """
+    from sglang.srt.models.registry import ModelRegistry
+
+    from idlm_sglang.model import IDLMForCausalLM
+
+    ModelRegistry.models[IDLMForCausalLM.__name__] = IDLMForCausalLM
+
+
+# --- 4. Admission ------------------------------------------------------------------------------------------------
+
+
+def admit(scheduler, req, is_retracted: bool = False) -> None:
+    """What: ``Scheduler._add_request_to_queue`` first asks admission; a refused request ends as HTTP 400.
+    Why: SGLang has no per-request hook for a registered algorithm, and an exception in the worker kills the server.
+    Guard: the hook applied; refusal tests.
+    Goes when: ``CustomSpecAlgo`` gets a ``validate_request``.
+    """
+    if not _is_isd() or is_retracted or req.to_finish is not None or getattr(req, "idlm_plan", None) is not None:
+        return
+    from idlm_sglang.engine.admission import plan_of
+    from idlm_sglang.engine.requests import REFUSED
+
+    worker = scheduler.draft_worker
+    plan = plan_of(req, worker.settings, worker.server_seed)
+    if worker.metrics is not None:
+        worker.metrics.request(plan.mode, plan.reason)
+    if plan.mode == REFUSED:
+        req.set_finish_with_abort(plan.message)
+        scheduler.init_req_max_new_tokens(req)
+
+
+# --- 5. Metrics --------------------------------------------------------------------------------------------------
+
+
+def count_decode(original: Callable, processor, batch, result) -> Any:
+    """What: ``SchedulerBatchResultProcessor.process_batch_result_decode`` is counted around.
+    Why: only there is known what a step committed, behind stops, limits, aborts and overlap's extra step.
+    Guard: the hook applied; the figures are compared with the answers in a test.
+    Goes when: SGLang passes committed tokens per request to ``BaseSpecWorker``.
+    """
+    from idlm_sglang.engine.spec_io import IsdResult
+
+    metrics = getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+    if metrics is None:
+        return original(processor, batch, result)
+    lengths = metrics.before(batch)
+    out = original(processor, batch, result)
+    metrics.after(batch, result, lengths)
+    return out
+
+
+# --- 6. Switching the stride while serving -----------------------------------------------------------------------
+
+
+def stride_handler(handlers: dict, state) -> dict | None:
+    """What: ``/set_internal_state`` takes ``idlm_stride``, and no longer the relaxed acceptance thresholds.
+    Why: one running server covers every stride; exact acceptance has no knob.
+    Guard: the hook applied; a test switches under load.
+    Goes when: SGLang lets a worker contribute handlers.
+    """
+    if not _is_isd():
+        return None
+    from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+
+    worker = state.scheduler.draft_worker
+
+    def validate(key: str, value: Any) -> None:
+        top = worker.settings.max_stride
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:
+            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from 1 to {top}")
+
+    def apply(key: str, value: Any) -> None:
+        worker.set_stride(value)
+
+    kept = {k: v for k, v in handlers.items() if not k.startswith("speculative_accept_threshold")}
+    return kept | {"idlm_stride": _UpdateHandler(validate, apply)}
+
+
+def state_report(_, state, report: dict) -> None:
+    """What: ``/server_info`` shows the ISD counters under ``idlm``.
+    Why: they are what an operator asks first.
+    Guard: the hook applied; a test reads it.
+    Goes when: SGLang lets a worker contribute state.
+    """
+    worker = state.scheduler.draft_worker
+    if _is_isd() and worker.metrics is not None:
+        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **worker.metrics.totals.as_dict()}
+
+
+@dataclass(frozen=True)
+class Patch:
+    target: str
+    kind: str
+    hook: Callable
+
+
+_SRT = "sglang.srt."
+_INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+
+PATCHES = (
+    Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
+    Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
+    Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),
+    Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
+    Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
+    Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
+    Patch(
+        _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode",
+        "AROUND",
+        count_decode,
+    ),
+    Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
+    Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),
+)
+
+
+def register_patches() -> None:
+    """Queue every patch with SGLang's hook registry; SGLang applies them once all plugins are loaded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for patch in PATCHES:
+        HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
+
+
+def assert_applied() -> None:
+    """Raise :class:`SettingError` if a patch did not take: serving on would be wrong, not merely slower."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [patch.target for patch in PATCHES if patch.target not in HookRegistry._patched]
+    if missing:
+        raise SettingError(
+            f"SGLang {version('sglang')} did not take {len(missing)} of {len(PATCHES)} hooks ({', '.join(missing)}); "
+            "the log above says why. Allowed: a plain SGLang >=0.5.23,<0.5.24"
+        )
+
+
+def disable_decode_graphs(server_args) -> None:
+    """Decode CUDA graphs off: SGLang captures none for a registered algorithm's verify forward.
+
+    Its runner would capture TARGET_VERIFY without our input and replay it for stride 1. The worker refuses to start
+    with a captured runner.
+    """
+    if str(server_args.device).startswith("cpu"):
+        return
+    logger.warning("idlm: decode CUDA graphs are off; decode forwards run eagerly")
+    config = server_args.cuda_graph_config
+    if config is not None and hasattr(config, "decode"):
+        from sglang.srt.arg_groups.cuda_graph_hook import Backend
+
+        config.decode.backend = Backend.DISABLED
+        server_args.cuda_graph_config = config
+    else:
+        server_args.disable_decode_cuda_graph = True

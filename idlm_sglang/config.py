@@ -1,0 +1,112 @@
+"""Every setting of the plugin in one frozen dataclass, read from the environment and SGLang's flags."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+DEFAULT_STRIDE = 4
+MAX_STRIDE = 16
+ALGORITHM = "ISD"
+
+REJECTION = "rejection"
+COUPLED = "coupled"
+
+
+class SettingError(SystemExit, ValueError):
+    """A setting that cannot be served: one line that names it, its value and what is allowed.
+
+    As a SystemExit it ends a command with that line and exit code 1, without a stack trace; as a ValueError it can be
+    caught by a program that builds an engine itself.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(f"idlm: {message}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plugin was asked for.
+
+    Attributes:
+        stride: N, tokens proposed and verified per forward by default (1..16; 1 is plain autoregressive decoding).
+        max_stride: the largest N a request may ask for; KV and state are reserved for it.
+        mask_token_id: MASK for checkpoints that do not name one, or None.
+        sampling_rule: which exact rule serves sampled requests without a seed, ``rejection`` or ``coupled``.
+    """
+
+    stride: int = DEFAULT_STRIDE
+    max_stride: int = DEFAULT_STRIDE
+    mask_token_id: int | None = None
+    sampling_rule: str = REJECTION
+
+    @property
+    def max_width(self) -> int:
+        """W = 2N - 1 at the largest stride: rows per request and forward."""
+        return 2 * self.max_stride - 1
+
+
+def _integer(name: str, text: str, low: int, high: int | None) -> int:
+    allowed = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
+    try:
+        value = int(text)
+    except ValueError:
+        raise SettingError(f"{name}={text!r} is not valid; allowed: {allowed}") from None
+    if value < low or (high is not None and value > high):
+        raise SettingError(f"{name}={text!r} is out of range; allowed: {allowed}")
+    return value
+
+
+def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
+    """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
+
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID`` and ``IDLM_SAMPLING_RULE`` are read; every bad value
+    raises :class:`SettingError`.
+    """
+    env = os.environ if environ is None else environ
+    stride = None
+    if "IDLM_STRIDE" in env:
+        stride = _integer("IDLM_STRIDE", env["IDLM_STRIDE"], 1, MAX_STRIDE)
+    if num_steps is not None:
+        if not 0 <= num_steps < MAX_STRIDE:
+            raise SettingError(
+                f"--speculative-num-steps {num_steps} is out of range; for {ALGORITHM} it is the stride minus one, "
+                f"allowed: 0 to {MAX_STRIDE - 1}"
+            )
+        if stride is not None and stride != num_steps + 1:
+            raise SettingError(
+                f"IDLM_STRIDE={stride} and --speculative-num-steps {num_steps} (stride {num_steps + 1}) disagree; "
+                "set one of them"
+            )
+        stride = num_steps + 1
+    stride = DEFAULT_STRIDE if stride is None else stride
+    max_stride = stride
+    if "IDLM_MAX_STRIDE" in env:
+        max_stride = _integer("IDLM_MAX_STRIDE", env["IDLM_MAX_STRIDE"], 1, MAX_STRIDE)
+        if max_stride < stride:
+            raise SettingError(f"IDLM_MAX_STRIDE={max_stride} is below the stride {stride}; allowed: {stride} to {MAX_STRIDE}")
+    mask = env.get("IDLM_MASK_TOKEN_ID")
+    rule = env.get("IDLM_SAMPLING_RULE", REJECTION)
+    if rule not in (REJECTION, COUPLED):
+        raise SettingError(f"IDLM_SAMPLING_RULE={rule!r} is not known; allowed: {REJECTION}, {COUPLED}")
+    return Settings(
+        stride=stride,
+        max_stride=max_stride,
+        mask_token_id=None if mask is None else _integer("IDLM_MASK_TOKEN_ID", mask, 0, None),
+        sampling_rule=rule,
+    )
+
+
+_RESOLVED = "IDLM_RESOLVED_SETTINGS"
+
+
+def hand_down(settings: Settings) -> None:
+    """Leave the resolved settings to the scheduler processes, which inherit this process's environment."""
+    os.environ[_RESOLVED] = json.dumps(asdict(settings))
+
+
+def handed_down() -> Settings:
+    """The settings that the launching process resolved. Raises :class:`SettingError` where none did."""
+    text = os.environ.get(_RESOLVED)
+    if text is None:
+        raise SettingError("the launching process resolved no settings; start through --speculative-algorithm ISD")
+    return Settings(**json.loads(text))

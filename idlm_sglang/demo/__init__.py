@@ -1,0 +1,9 @@
+"""The embedded checkpoint: a toy I-DLM, the script that trains it and the one that measures it.
+
+Importing this package loads nothing heavy; `CHECKPOINT_DIR` can be given to any Hugging Face loader.
+"""
+
+from pathlib import Path
+
+CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
+CHECKPOINT_SHA256 = ""  # of model.safetensors

@@ -1,0 +1,162 @@
+"""Measure a checkpoint without an engine: `python -m idlm_sglang.demo.evaluate [DIR]`.
+
+Prints tokens per forward at several strides (greedy, and at temperature 1 with the rejection rule), whether greedy ISD gives the same tokens
+as AR, the acceptance of drafts by position, and the share of exactly right greedy answers per family. fp32, one sequence at a time.
+"""
+
+import argparse
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import AutoTokenizer, DynamicCache, Qwen3ForCausalLM
+
+from idlm_sglang.demo import CHECKPOINT_DIR
+from idlm_sglang.demo.corpus import FAMILIES, Dialogue, held_out_dialogues, training_dialogues
+from idlm_sglang.demo.split import VALUES, WORDING
+
+MAX_NEW_TOKENS = 200
+
+
+@dataclass
+class Counts:
+    """Sums over generations: tokens committed by decode forwards (after a stop: dropped), those forwards, drafts by position."""
+    tokens: int = 0
+    forwards: int = 0
+    tried: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    accepted: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class Decoder:
+    """A checkpoint in fp32 with its tokenizer. The MASK logit is removed everywhere."""
+
+    def __init__(self, directory: Path):
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.mask = self.model.config.mask_token_id
+        self.eos = self.model.generation_config.eos_token_id
+
+    def prompt(self, item: Dialogue) -> list[int]:
+        """Token ids of the conversation up to its last question, ready for the answer."""
+        return self.tokenizer.apply_chat_template(item.messages()[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def text(self, output: list[int]) -> str:
+        """The answer's text, without special tokens."""
+        return self.tokenizer.decode(output, skip_special_tokens=True)
+
+    def forward(self, cache: DynamicCache, tokens: list[int]) -> torch.Tensor:
+        """Append `tokens` to the cache; logits (len(tokens), V) in fp32."""
+        logits = self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0]
+        logits[:, self.mask] = float("-inf")
+        return logits
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts) -> list[int]:
+        """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy."""
+        cache = DynamicCache()
+        output = [self._choose(self.forward(cache, prompt)[-1], temperature)]
+        drafts: list[int] = []
+        q = None
+        while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
+            kept = cache.get_seq_length() + 1
+            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)])
+            committed, accepted = self._verify(logits, drafts, q, temperature, counts)
+            cache.crop(kept + accepted - cache.get_seq_length())  # minus the number of rejected and MASK columns
+            counts.forwards += 1
+            for token in committed:
+                output.append(token)
+                counts.tokens += 1
+                if token in self.eos:
+                    break
+            rows = logits[1 + len(drafts):]
+            if accepted == len(drafts):
+                q = (rows / (temperature or 1.0)).softmax(-1)
+                drafts = [self._choose(row, temperature) for row in rows]
+            else:  # the next step is cold
+                drafts = []
+        return output[:MAX_NEW_TOKENS]
+
+    def _choose(self, logits: torch.Tensor, temperature: float) -> int:
+        if not temperature:
+            return int(logits.argmax())
+        return int(torch.multinomial((logits / temperature).softmax(-1), 1))
+
+    def _verify(self, logits, drafts, q, temperature, counts) -> tuple[list[int], int]:
+        """Tokens committed by this forward (accepted drafts, then the corrected or the bonus token) and the number of accepted drafts."""
+        for i, draft in enumerate(drafts):
+            counts.tried[i + 1] += 1
+            if not temperature:
+                best = int(logits[i].argmax())
+                if best != draft:
+                    return [*drafts[:i], best], i
+            else:
+                p = (logits[i] / temperature).softmax(-1)
+                if torch.rand(()) >= p[draft] / q[i, draft]:
+                    return [*drafts[:i], int(torch.multinomial((p - q[i]).clamp(min=0), 1))], i
+            counts.accepted[i + 1] += 1
+        return [*drafts, self._choose(logits[len(drafts)], temperature)], len(drafts)
+
+
+def prompt_sets(count: int, seed: int) -> dict[str, list[Dialogue]]:
+    """`count` conversations of each kind: held out by values, held out by wording, and from training."""
+    stream = training_dialogues(seed=0)
+    return {
+        "held out, new values": held_out_dialogues(seed, count, side=VALUES),
+        "held out, new wording": held_out_dialogues(seed, count, side=WORDING),
+        "training": [next(stream) for _ in range(count)],
+    }
+
+
+def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int]) -> None:
+    """Print one line per mode and stride for these prompts."""
+    reference = [decoder.generate(p, 1, 0.0, Counts()) for p in prompts]
+    print(f"  {sum(map(len, reference)) / len(reference):.1f} tokens per greedy answer, {sum(r[-1] in decoder.eos for r in reference)}/{len(prompts)} end with a stop token")
+    for temperature in (0.0, 1.0):
+        for stride in strides:
+            counts = Counts()
+            outputs = [decoder.generate(p, stride, temperature, counts) for p in prompts]
+            same = f"  equal to AR {sum(a == b for a, b in zip(outputs, reference))}/{len(prompts)}" if not temperature else ""
+            by_position = " ".join(f"{counts.accepted[i] / counts.tried[i]:.2f}" for i in sorted(counts.tried))
+            print(f"  {'greedy' if not temperature else 'T = 1 '}  N = {stride}  {counts.tokens / counts.forwards:.2f} tokens per forward{same}  "
+                  f"accepted by position {by_position}", flush=True)
+
+
+def measure_answers(decoder: Decoder, count: int, seed: int, families: list[str]) -> None:
+    """Print the share of greedy answers (ISD at N = 4, for speed) that are exactly right, per family, on `count` held-out prompts each."""
+    for family in FAMILIES:
+        if families and family.name not in families:
+            continue
+        shares = []
+        for side in family.sides:
+            items = held_out_dialogues(seed, count, [family.name], side)
+            right = sum(decoder.text(decoder.generate(decoder.prompt(item), 4, 0.0, Counts())) == item.turns[-1][1] for item in items)
+            shares.append(f"new {side} {right}/{count}")
+        print(f"  {family.name:16} {'  '.join(shares)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure tokens per forward and answers of a small I-DLM checkpoint.")
+    parser.add_argument("directory", nargs="?", type=Path, default=CHECKPOINT_DIR)
+    parser.add_argument("--prompts", type=int, default=100, help="prompts per set for the speed (0: skip)")
+    parser.add_argument("--answers", type=int, default=20, help="prompts per family and kind of novelty for the answers (0: skip)")
+    parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
+    parser.add_argument("--strides", default="2,3,4,8")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    decoder = Decoder(args.directory)
+    for name, items in prompt_sets(args.prompts, args.seed).items() if args.prompts else ():
+        print(f"{name}: {len(items)} prompts", flush=True)
+        measure_speed(decoder, [decoder.prompt(item) for item in items], [int(n) for n in args.strides.split(",")])
+    if args.answers:
+        print("greedy answers that are exactly right, on held-out prompts", flush=True)
+        measure_answers(decoder, args.answers, args.seed, [f for f in args.families.split(",") if f])
+
+
+if __name__ == "__main__":
+    main()

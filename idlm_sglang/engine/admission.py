@@ -1,0 +1,67 @@
+"""What a request may ask for, and what it gets: decided once, from the request alone."""
+
+from idlm_sglang.config import Settings
+from idlm_sglang.engine.requests import REFUSED, SINGLE, STRIDE_PARAM, STRIDED, RequestPlan, derived_seed, next_number, signed64
+
+
+def _refusal(req, settings: Settings) -> tuple[str, str] | None:
+    if req.return_hidden_states_mode.need_capture():
+        return "hidden_states", "return_hidden_states is not available with --speculative-algorithm ISD"
+    if req.lora_id is not None:
+        return "lora", "per-request LoRA adapters are not available with --speculative-algorithm ISD"
+    if req.return_sampling_mask:
+        return "sampling_mask", "return_sampling_mask is not available with --speculative-algorithm ISD"
+    stride = (req.sampling_params.custom_params or {}).get(STRIDE_PARAM)
+    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= settings.max_stride):
+        return "stride", f"custom_params.{STRIDE_PARAM}={stride!r} is not valid; allowed: an integer from 1 to {settings.max_stride}"
+    return None
+
+
+def _single_reason(req) -> str | None:
+    """Why a request decodes one token per step: its target depends on state that drafts do not carry."""
+    params = req.sampling_params
+    if req.grammar is not None or any(
+        getattr(params, field, None) is not None for field in ("json_schema", "regex", "ebnf", "structural_tag")
+    ):
+        return "grammar"
+    if req.custom_logit_processor:
+        return "custom_logit_processor"
+    if (
+        params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+        or params.repetition_penalty != 1.0
+        or params.min_new_tokens > 0
+    ):
+        return "penalties"
+    return None
+
+
+def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPlan:
+    """The plan of a new request.
+
+    Args:
+        req: SGLang's ``Req``.
+        settings: the server's; None in plain AR serving, where only the seed matters.
+        server_seed: SGLang's ``random_seed``, the same on every TP rank.
+    """
+    number = next_number()
+    client_seed = req.sampling_params.sampling_seed
+    seed = derived_seed(server_seed, number) if client_seed is None else signed64(int(client_seed))
+    refusal = _refusal(req, settings) if settings is not None else None
+    stride = (req.sampling_params.custom_params or {}).get(STRIDE_PARAM)
+    if refusal is not None:
+        mode, (reason, message) = REFUSED, refusal
+    else:
+        reason, message = _single_reason(req), ""
+        mode = SINGLE if reason else STRIDED
+        reason = reason or ("stride" if stride is not None else "default")
+    return RequestPlan(number, mode, reason, stride, seed, client_seed is not None, message)
+
+
+def plan_of(req, settings: Settings | None, server_seed: int) -> RequestPlan:
+    """The request's plan, made at its first sight."""
+    plan = getattr(req, "idlm_plan", None)
+    if plan is None:
+        plan = plan_request(req, settings, server_seed)
+        req.idlm_plan = plan
+    return plan

@@ -1,0 +1,133 @@
+"""The ISD entry in SGLang's speculative registry: name, server arguments, limits."""
+
+import json
+import logging
+
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from idlm_sglang import checkpoint
+from idlm_sglang.config import ALGORITHM, Settings, SettingError, hand_down, read_settings
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_RUNNING_REQUESTS = 64
+PAGE_SIZES = (1, 16, 32, 64)
+ATTENTION_BACKENDS = ("torch_native", "triton", "flashinfer", "fa3")
+
+# Server arguments that ISD does not serve: field, whether a value is refused, the flag as typed, what is allowed.
+_REFUSED = (
+    ("dllm_algorithm", lambda v: v is not None, "--dllm-algorithm", "only one decoding algorithm; leave it out"),
+    ("speculative_draft_model_path", lambda v: v is not None, "--speculative-draft-model-path", "none: the model drafts for itself"),
+    ("uno_lora_path", lambda v: v is not None, "--uno-lora-path", "only with --speculative-algorithm UNO"),
+    ("speculative_adaptive", bool, "--speculative-adaptive", "off"),
+    ("speculative_accept_threshold_single", lambda v: v not in (None, 1.0), "--speculative-accept-threshold-single", "1.0: acceptance is exact"),
+    ("speculative_accept_threshold_acc", lambda v: v not in (None, 1.0), "--speculative-accept-threshold-acc", "1.0: acceptance is exact"),
+    ("speculative_eagle_topk", lambda v: v not in (None, 1), "--speculative-eagle-topk", "1: drafts form one chain"),
+    ("enable_lora", bool, "--enable-lora", "off"),
+    ("lora_paths", bool, "--lora-paths", "none"),
+    ("pp_size", lambda v: v > 1, "--pp-size", "1"),
+    ("dcp_size", lambda v: (v or 1) > 1, "--dcp-size", "1"),
+    ("attn_cp_size", lambda v: (v or 1) > 1, "--attn-cp-size", "1"),
+    ("enable_dp_attention", bool, "--enable-dp-attention", "off (--dp-size alone is fine)"),
+    ("disaggregation_mode", lambda v: v not in (None, "null"), "--disaggregation-mode", "null"),
+    ("tokenizer_worker_num", lambda v: v > 1, "--tokenizer-worker-num", "1: further HTTP workers load no plugins"),
+    ("enable_hierarchical_cache", bool, "--enable-hierarchical-cache", "off"),
+    ("enable_lmcache", bool, "--enable-lmcache", "off"),
+    ("enable_flexkv", bool, "--enable-flexkv", "off"),
+    ("enable_hisparse", bool, "--enable-hisparse", "off"),
+    ("enable_two_batch_overlap", bool, "--enable-two-batch-overlap", "off"),
+    ("enable_pdmux", bool, "--enable-pdmux", "off"),
+    ("enable_watermark", bool, "--enable-watermark", "off"),
+    ("enable_streaming_session", bool, "--enable-streaming-session", "off"),
+    ("is_embedding", bool, "--is-embedding", "off"),
+    ("page_size", lambda v: v is not None and v not in PAGE_SIZES, "--page-size", ", ".join(map(str, PAGE_SIZES))),
+    *(
+        (field, lambda v: v is not None and v not in ATTENTION_BACKENDS, "--" + field.replace("_", "-"), ", ".join(ATTENTION_BACKENDS))
+        for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    ),
+)
+
+
+def refuse_unserved(server_args) -> None:
+    """Raise :class:`SettingError` for the first server argument that ISD does not serve."""
+    for field, refused, flag, allowed in _REFUSED:
+        value = getattr(server_args, field)
+        if refused(value):
+            raise SettingError(f"{flag} {value} cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: {allowed}")
+
+
+def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:
+    """MASK id and its source for the checkpoint to be served, before any weight is loaded."""
+    from sglang.srt.utils.hf_transformers_utils import get_config, get_tokenizer
+
+    overrides = server_args.json_model_override_args
+    config = get_config(
+        server_args.model_path,
+        trust_remote_code=server_args.trust_remote_code,
+        revision=server_args.revision,
+        model_override_args=json.loads(overrides) if overrides else {},
+    )
+    name = checkpoint.check_architecture(config.architectures)
+    if name == checkpoint.PUBLISHED_ARCHITECTURE:
+        logger.warning("idlm: %s", checkpoint.SDAR_NOTE)
+
+    def load_tokenizer():
+        return get_tokenizer(
+            server_args.tokenizer_path or server_args.model_path,
+            trust_remote_code=server_args.trust_remote_code,
+            tokenizer_revision=server_args.revision,
+        )
+
+    loader = None if server_args.skip_tokenizer_init else load_tokenizer
+    return checkpoint.resolve_mask_token_id(config, loader, settings.mask_token_id, config.vocab_size)
+
+
+class IsdAlgorithm(CustomSpecAlgo):
+    """What SGLang asks about ``--speculative-algorithm ISD``."""
+
+    def supports_mixed_chunk(self) -> bool:
+        return True
+
+    def has_draft_kv(self) -> bool:
+        return False
+
+    def carries_draft_hidden_states(self) -> bool:
+        return False
+
+    def need_topk(self) -> bool:
+        return False
+
+    def create_future_map(self, device, req_to_token_pool, needs_cpu_seq_lens=True, needs_confidence_relay=False):
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
+
+    def handle_server_args(self, server_args) -> None:
+        """Check everything that can be checked before the model loads, and set what SGLang sizes its pools by."""
+        from idlm_sglang import compat
+
+        compat.assert_applied()
+        settings = read_settings(server_args.speculative_num_steps)
+        refuse_unserved(server_args)
+        width = server_args.speculative_num_draft_tokens
+        if width not in (None, settings.max_width):
+            raise SettingError(
+                f"--speculative-num-draft-tokens {width} does not fit stride {settings.max_stride}; "
+                f"allowed: {settings.max_width} (2N - 1), or leave it out"
+            )
+        mask_id, source = check_checkpoint(server_args, settings)
+        logger.info("idlm: MASK token %d (from the %s)", mask_id, source)
+        hand_down(settings)
+        server_args.speculative_num_steps = max(settings.max_stride - 1, 1)
+        server_args.speculative_eagle_topk = 1
+        server_args.speculative_num_draft_tokens = settings.max_width
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS * (server_args.dp_size or 1)
+        compat.disable_decode_graphs(server_args)
+
+
+def worker_class(server_args) -> type:
+    """Factory that SGLang calls in each scheduler process."""
+    from idlm_sglang.engine.worker import IsdWorker
+
+    return IsdWorker

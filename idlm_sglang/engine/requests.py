@@ -1,0 +1,116 @@
+"""What one request asked of ISD, and a batch of such requests as device tensors."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from idlm_sglang.config import COUPLED, MAX_STRIDE, Settings
+from idlm_sglang.isd.target import SamplingRows
+
+STRIDE_PARAM = "idlm_stride"
+_TOP_K_ALL = 1 << 30
+_INT64 = 1 << 64
+
+STRIDED, SINGLE, REFUSED = "strided", "single", "refused"
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """Decided once per request, at admission.
+
+    Attributes:
+        number: unique in this process and equal on every TP rank (requests arrive in the same order); stamps drafts.
+        mode: ``strided``, ``single`` (one token per step) or ``refused``.
+        reason: why, one word for a metric label.
+        stride: the stride asked for by ``custom_params``, or None for the server's.
+        seed: 64-bit key of the request's noise.
+        seeded: the client gave the seed.
+        message: for a refused request, what to tell the client.
+    """
+
+    number: int
+    mode: str
+    reason: str
+    stride: int | None
+    seed: int
+    seeded: bool
+    message: str = ""
+
+
+def signed64(value: int) -> int:
+    """Any integer folded into the int64 range, so that an oversize seed is a seed and not an overflow."""
+    value %= _INT64
+    return value - _INT64 if value >= _INT64 // 2 else value
+
+
+def derived_seed(server_seed: int, number: int) -> int:
+    """The noise key of a request without a seed: a SplitMix64 step over (server seed, request number)."""
+    x = (server_seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % _INT64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % _INT64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % _INT64
+    return signed64(x ^ (x >> 31))
+
+
+def next_number() -> int:
+    """Counts requests in the order the scheduler sees them."""
+    return next(_numbers)
+
+
+def server_seed() -> int:
+    """SGLang's ``random_seed`` of this server, the same on every TP rank."""
+    from sglang.srt.runtime_context import get_device
+
+    return int(get_device().random_seed)
+
+
+def stride_limit(plan: RequestPlan, settings: Settings, server_stride: int) -> int:
+    """Most drafts the request may carry: its stride minus one."""
+    if plan.mode != STRIDED:
+        return 0
+    return min(plan.stride or server_stride, settings.max_stride, MAX_STRIDE) - 1
+
+
+class BatchRows:
+    """Per-request constants of one decode batch, built on the host and copied to the device once.
+
+    Attributes:
+        numbers: ``(B,)`` int64 request numbers; limits: ``(B,)`` int64 draft limits; seeds: ``(B,)`` int64;
+        coupled: ``(B,)`` bool. All on the device.
+        limits_host: the limits as a list; drafts: K of this step, the largest of them.
+        single: host list, which rows decode one token per step by decision of admission.
+    """
+
+    def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, device):
+        limits = [stride_limit(plan, settings, server_stride) for plan in plans]
+        coupled = [plan.seeded or settings.sampling_rule == COUPLED for plan in plans]
+        host = torch.tensor(
+            [[p.number for p in plans], limits, [p.seed for p in plans], [int(c) for c in coupled]], dtype=torch.int64
+        )
+        on_gpu = torch.device(device).type == "cuda"
+        packed = (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)
+        self.numbers, self.limits, self.seeds = packed[0], packed[1], packed[2]
+        self.coupled = packed[3].bool()
+        self.limits_host = limits
+        self.drafts = max(limits)
+        self.single = [plan.mode == SINGLE for plan in plans]
+        sampled = [r.sampling_params for r in reqs if r.sampling_params.top_k > 1]
+        self.any_sampled = bool(sampled)
+        self.any_truncated = any(s.top_k < _TOP_K_ALL or s.top_p < 1.0 or s.min_p > 0 for s in sampled)
+        self.any_rejection = any(not c and r.sampling_params.top_k > 1 for c, r in zip(coupled, reqs))
+
+    def sampling(self, info) -> SamplingRows:
+        """With SGLang's ``SamplingBatchInfo`` of the same batch."""
+        return SamplingRows(
+            temperature=info.temperatures.view(-1),
+            top_k=info.top_ks,
+            top_p=info.top_ps,
+            min_p=info.min_ps,
+            seed=self.seeds,
+            coupled=self.coupled,
+            any_sampled=self.any_sampled,
+            any_truncated=self.any_truncated,
+            any_rejection=self.any_rejection,
+        )

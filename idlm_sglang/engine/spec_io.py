@@ -1,0 +1,73 @@
+"""The objects SGLang's scheduler passes to and from the worker."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
+from sglang.srt.utils.common import async_d2h
+
+
+@dataclass
+class IsdDraftInput(SpecInput):
+    """What a batch carries between iterations: the pending token and the committed length of each request.
+
+    The drafts stay in :class:`~idlm_sglang.engine.state.SlotState`. ``SpecInputType`` is a closed enum; UNO_STATE is
+    its member for state that is neither a draft nor a verify input, and no forward runs on it.
+    """
+
+    bonus_tokens: torch.Tensor
+    new_seq_lens: torch.Tensor
+    future_indices: torch.Tensor | None = None
+
+    topk_p: ClassVar[None] = None
+    topk_index: ClassVar[None] = None
+    hidden_states: ClassVar[None] = None
+
+    def __post_init__(self):
+        super().__init__(SpecInputType.UNO_STATE)
+        self.num_tokens_per_req = 1
+        self.num_tokens_for_logprob_per_req = 1
+
+    def filter_batch(self, new_indices: torch.Tensor, new_indices_cpu: list[int] | None = None) -> None:
+        if self.future_indices is not None:
+            self.future_indices = self.future_indices[new_indices]
+            return
+        self.bonus_tokens = self.bonus_tokens[new_indices]
+        self.new_seq_lens = self.new_seq_lens[new_indices]
+
+    def merge_batch(self, other: "IsdDraftInput") -> None:
+        if self.future_indices is not None:
+            self.future_indices = torch.cat((self.future_indices, other.future_indices))
+            return
+        self.bonus_tokens = torch.cat((self.bonus_tokens, other.bonus_tokens))
+        self.new_seq_lens = torch.cat((self.new_seq_lens, other.new_seq_lens))
+
+
+@dataclass
+class IsdVerifyInput(DFlashVerifyInput):
+    """One step's verify forward: ``draft_token_num`` rows per request, a linear causal chain."""
+
+    capture_hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
+
+
+@dataclass
+class IsdResult(GenerationBatchResult):
+    """A decode step's result with what the metrics need.
+
+    Attributes:
+        round_stats: ``(B, 3)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q). It reaches the
+            host with the tokens, in the same asynchronous copy.
+        limits: host list, the draft limit of each request in this step (0: one token per step).
+    """
+
+    round_stats: torch.Tensor | None = None
+    limits: list[int] | None = None
+
+    def copy_to_cpu(self, *args, **kwargs):
+        if self.round_stats is not None:
+            self.round_stats = async_d2h(self.round_stats)
+        return super().copy_to_cpu(*args, **kwargs)

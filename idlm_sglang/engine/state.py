@@ -1,0 +1,72 @@
+"""Per-slot ISD state on the device, indexed by SGLang's request slot (``req_pool_idx``)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from idlm_sglang.isd.propose import Proposal
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Drafts a batch brings into a step: ``drafts (B, K)``, ``counts (B,)``, ``log_q (B, K)``, ``q (B, K, V)`` or None."""
+
+    drafts: torch.Tensor
+    counts: torch.Tensor
+    log_q: torch.Tensor
+    q: torch.Tensor | None
+
+
+class SlotState:
+    """Drafts per slot, valid only for the request and the length they were drawn for.
+
+    Both are stored beside the drafts and compared on the device, so a slot that was retracted, reused, or moved on by
+    an extend or a mixed forward takes a cold step by itself; extends clear their slots as well.
+
+    Args:
+        slots: rows of SGLang's request table (row 0 is its padding row).
+        drafts: K at the largest stride.
+        vocab: V, for the stored distributions.
+        keep_q: allocate q (``slots x K x V`` float32); needed by the rejection rule.
+    """
+
+    def __init__(self, slots: int, drafts: int, vocab: int, keep_q: bool, device):
+        self.drafts = torch.zeros(slots, drafts, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.log_q = torch.zeros(slots, drafts, dtype=torch.float32, device=device)
+        self.numbers = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.lengths = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.q = torch.zeros(slots, drafts, vocab, dtype=torch.float32, device=device) if keep_q else None
+
+    @staticmethod
+    def q_bytes(slots: int, drafts: int, vocab: int) -> int:
+        """Memory of q in bytes."""
+        return slots * drafts * vocab * 4
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Forget the drafts of ``slots`` ``(B,)``."""
+        self.counts[slots] = 0
+
+    def load(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, limits: torch.Tensor, k: int, with_q: bool) -> Carried:
+        """The valid drafts of a batch, truncated to each request's limit and to the step's K.
+
+        Args:
+            slots, numbers, seq_lens, limits: ``(B,)`` integer.
+            k: drafts per request in this step (host).
+            with_q: whether q is read.
+        """
+        fits = (self.numbers[slots] == numbers) & (self.lengths[slots] == seq_lens)
+        counts = torch.where(fits, torch.minimum(self.counts[slots], limits), 0).clamp(max=k)
+        q = self.q[slots, :k] if with_q else None
+        return Carried(self.drafts[slots, :k], counts, self.log_q[slots, :k], q)
+
+    def store(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, proposal: Proposal) -> None:
+        """Keep a step's proposal for the request ``numbers`` at its new length ``seq_lens`` (both ``(B,)``)."""
+        k = proposal.drafts.shape[1]
+        self.drafts[slots, :k] = proposal.drafts
+        self.log_q[slots, :k] = proposal.log_q
+        self.counts[slots] = proposal.counts
+        self.numbers[slots] = numbers
+        self.lengths[slots] = seq_lens.to(torch.int64)
+        if proposal.q is not None:
+            self.q[slots, :k] = proposal.q

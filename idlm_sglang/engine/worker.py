@@ -1,0 +1,197 @@
+"""The decoding worker: one target forward per decode step, inside SGLang's scheduler."""
+
+import logging
+
+import torch
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_observability, get_parallel, get_serving
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
+
+from idlm_sglang.config import REJECTION, SettingError, handed_down
+from idlm_sglang.engine.admission import plan_of
+from idlm_sglang.engine.metrics import IsdMetrics
+from idlm_sglang.engine.requests import BatchRows
+from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
+from idlm_sglang.engine.state import SlotState
+from idlm_sglang.isd import isd_step, step_positions, step_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class IsdWorker(BaseSpecWorker):
+    """Drafts and verifies with the target model itself.
+
+    A decode step of stride N runs ``2N - 1`` rows per request in one TARGET_VERIFY forward (``isd.layout``); stride 1
+    is SGLang's ordinary DECODE forward with its own sampler. Extends run as they are and leave their slots without
+    drafts. Nothing in a step waits for the device, except where a request's grammar lives on the host.
+    """
+
+    def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker: TpModelWorker):
+        super().__init__()
+        from idlm_sglang import compat
+
+        compat.assert_applied()
+        self._target_worker = target_worker
+        self.model_runner = target_worker.model_runner
+        self.device = target_worker.device
+        self.settings = handed_down()
+        self.stride = self.settings.stride
+        self.server_seed = target_worker.random_seed
+        self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
+        self.vocab = self.model_runner.model_config.vocab_size
+        self.last_position = self.model_runner.model_config.context_len - 1
+        self.state: SlotState | None = None
+        self._rows: tuple[tuple, BatchRows] | None = None
+        counts = get_parallel().tp_rank == 0
+        labels = None
+        if counts and get_observability().enable_metrics:
+            labels = {"model_name": get_serving().served_model_name, "dp_rank": str(get_parallel().dp_rank or 0)}
+        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels) if counts else None
+
+    # What SGLang asks of a speculative worker.
+
+    @property
+    def draft_worker(self):
+        return None
+
+    def __getattr__(self, name: str):
+        if name == "_target_worker":
+            raise AttributeError(name)
+        return getattr(self._target_worker, name)
+
+    def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None):
+        super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
+        self.req_to_token = req_to_token_pool.req_to_token
+        slots, drafts = self.req_to_token.shape[0], self.settings.max_stride - 1
+        keep_q = self.settings.sampling_rule == REJECTION
+        self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
+        logger.info(
+            "idlm: stride %d (up to %d), MASK %d, sampling rule %s, q memory %.1f MB for %d slots",
+            self.stride,
+            self.settings.max_stride,
+            self.mask_id,
+            self.settings.sampling_rule,
+            SlotState.q_bytes(slots, drafts, self.vocab) / 2**20 if keep_q else 0.0,
+            slots,
+        )
+
+    def init_cuda_graphs(self):
+        if getattr(self.model_runner, "decode_cuda_graph_runner", None) is not None:
+            raise SettingError("decode CUDA graphs are not supported with --speculative-algorithm ISD; allowed: --cuda-graph-backend-decode disabled")
+
+    def set_stride(self, stride: int) -> None:
+        """Use another stride from the next step on; drafts in flight are kept as far as they fit."""
+        self.stride = stride
+        self._rows = None
+
+    # One batch.
+
+    def forward_batch_generation(self, batch, on_publish=None, pp_proxy_tensors=None):
+        if self.device != "cpu":
+            record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._extend(batch, on_publish)
+        rows = self._batch_rows(batch)
+        return (self._strided_step if rows.drafts else self._single_step)(batch, rows, on_publish)
+
+    def _batch_rows(self, batch) -> BatchRows:
+        plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
+        key = (self.stride, *(plan.number for plan in plans))
+        if self._rows is None or self._rows[0] != key:
+            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, self.stride, self.device))
+        return self._rows[1]
+
+    def _extend(self, batch, on_publish):
+        slots, seq_lens = batch.req_pool_indices, batch.seq_lens
+        result = self._target_worker.forward_batch_generation(batch)
+        self.state.clear(slots)
+        result.new_seq_lens = seq_lens
+        result.next_draft_input = IsdDraftInput(result.next_token_ids.to(torch.int64), seq_lens)
+        if on_publish is not None:
+            on_publish(seq_lens)
+        return result
+
+    def _single_step(self, batch, rows: BatchRows, on_publish):
+        """Stride 1: an ordinary decode forward."""
+        committed = batch.seq_lens
+        pending = batch.spec_info.bonus_tokens
+        batch.forward_mode = ForwardMode.DECODE
+        batch.spec_info = None
+        batch.input_ids = pending
+        batch.out_cache_loc = self.req_to_token[batch.req_pool_indices, committed].to(torch.int64)
+        batch.seq_lens = committed + 1
+        if batch.seq_lens_cpu is not None:
+            batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+        batch.seq_lens_sum = None
+        out = self._target_worker.forward_batch_generation(batch)
+        tokens = out.next_token_ids.to(torch.int64)
+        if batch.return_logprob:
+            self._logprobs_as_chain(out.logits_output, len(batch.reqs))
+        return self._result(batch, out, tokens, torch.ones_like(committed, dtype=torch.int32), tokens, committed, 1, None, None, on_publish)
+
+    def _strided_step(self, batch, rows: BatchRows, on_publish):
+        """Verify the drafts and draw the next ones in one TARGET_VERIFY forward."""
+        slots, committed, k = batch.req_pool_indices, batch.seq_lens, rows.drafts
+        width, count = 2 * k + 1, len(batch.reqs)
+        carried = self.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection)
+        tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, self.mask_id)
+        positions = step_positions(committed, width)
+        batch.out_cache_loc = self.req_to_token[slots[:, None], positions].view(-1).to(torch.int64)
+        # Rows behind the context's end commit nothing; their positions only have to stay inside the rotary table.
+        verify = IsdVerifyInput(tokens.view(-1), positions.clamp(max=self.last_position).view(-1), width)
+        forward_batch, _ = verify.prepare_for_verify(batch, self._target_worker, defer_metadata_init=True)
+        out = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+
+        logits = out.logits_output.next_token_logits.float().view(count, width, -1)
+        logits = self._with_request_terms(logits, batch, rows)
+        step = isd_step(
+            logits, carried.drafts, carried.counts, carried.log_q, carried.q, rows.limits, committed, rows.sampling(batch.sampling_info)
+        )
+        self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
+        if batch.return_logprob:
+            out.logits_output.next_token_logits = logits[:, : k + 1].reshape(count * (k + 1), -1)
+            compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)
+        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection], dim=1)
+        limits = rows.limits_host
+        return self._result(batch, out, step.tokens.view(-1), step.accept_lens, step.last, committed, k + 1, stats, limits, on_publish)
+
+    def _with_request_terms(self, logits: torch.Tensor, batch, rows: BatchRows) -> torch.Tensor:
+        """Logit bias on every row; on row 0 of one-token-per-step requests what SGLang's own sampler would apply."""
+        info = batch.sampling_info
+        if not any(rows.single):
+            return logits if info.logit_bias is None else logits + info.logit_bias[:, None]
+        first = logits[:, 0].clone()
+        info.update_regex_vocab_mask()
+        info.apply_logits_bias(first)
+        info.grammar_mask = None
+        if info.has_custom_logit_processor:
+            apply_custom_logit_processor(first, info)
+        rest = logits[:, 1:] if info.logit_bias is None else logits[:, 1:] + info.logit_bias[:, None]
+        return torch.cat([first[:, None], rest], dim=1)
+
+    @staticmethod
+    def _logprobs_as_chain(output, count: int) -> None:
+        """The sampler's flat logprobs in the ``(B, 1)`` shape that speculative results have."""
+        output.next_token_logprobs = output.next_token_logprobs.view(count, 1)
+
+    def _result(self, batch, out, tokens, accept_lens, last, committed, stride, stats, limits, on_publish) -> IsdResult:
+        new_seq_lens = committed + accept_lens
+        if on_publish is not None:
+            on_publish(new_seq_lens)
+        return IsdResult(
+            logits_output=out.logits_output,
+            next_token_ids=tokens,
+            accept_lens=accept_lens,
+            new_seq_lens=new_seq_lens,
+            next_draft_input=IsdDraftInput(last, new_seq_lens),
+            speculative_num_draft_tokens=2 * stride - 1,
+            speculative_output_stride=stride,
+            can_run_cuda_graph=out.can_run_cuda_graph,
+            expert_distribution_metrics=out.expert_distribution_metrics,
+            round_stats=stats,
+            limits=limits,
+        )

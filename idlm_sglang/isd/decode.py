@@ -1,0 +1,120 @@
+"""A plain decoding loop over a model function: ISD for one prompt, without cache or engine.
+
+It exists to be read beside the paper, and as the reference that tests and the demo's evaluation use.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from idlm_sglang.isd.layout import step_positions, step_tokens
+from idlm_sglang.isd.step import isd_step
+from idlm_sglang.isd.target import SamplingRows
+
+
+@dataclass
+class Decoded:
+    """Tokens of one answer (the end token included when it was reached) and what it took.
+
+    Attributes:
+        tokens: committed token ids.
+        forwards: decode forwards, the prefill not counted.
+        proposed, accepted: drafts verified and accepted, by position (index 0 is position 1).
+        introspection, tried: sum of min(1, p/q) over tried drafts, and their number.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    forwards: int = 0
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    introspection: float = 0.0
+    tried: int = 0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Committed tokens per decode forward; the first token comes from the prefill and is left out."""
+        return (len(self.tokens) - 1) / self.forwards if self.forwards else 0.0
+
+
+def one_row(temperature: float = 0.0, top_k: int = 1 << 30, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, coupled: bool = False) -> SamplingRows:
+    """Sampling parameters of a single request; temperature 0 is greedy."""
+    greedy = temperature == 0
+    return SamplingRows(
+        temperature=torch.tensor([1.0 if greedy else temperature]),
+        top_k=torch.tensor([1 if greedy else min(top_k, 1 << 30)], dtype=torch.int32),
+        top_p=torch.tensor([top_p]),
+        min_p=torch.tensor([min_p]),
+        seed=torch.tensor([seed], dtype=torch.int64),
+        coupled=torch.tensor([coupled]),
+        any_sampled=not greedy,
+        any_truncated=not greedy and (top_k < 1 << 30 or top_p < 1 or min_p > 0),
+        any_rejection=not greedy and not coupled,
+    )
+
+
+@torch.no_grad()
+def decode(
+    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    prompt: list[int],
+    stride: int,
+    mask_id: int,
+    rows: SamplingRows,
+    max_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Decoded:
+    """Decode one prompt at a fixed stride; stride 1 is plain autoregressive decoding.
+
+    Args:
+        model: strictly causal; ``(tokens (1, T), positions (1, T)) -> logits (1, T, V)`` float32.
+        prompt: token ids.
+        stride: N >= 1.
+        mask_id: the MASK token; its logit is removed here.
+        rows: parameters of this one request (see :func:`one_row`).
+        max_tokens: most tokens to commit.
+        stop_ids: end tokens.
+    """
+    k = stride - 1
+    committed = torch.tensor([prompt], dtype=torch.int64)
+
+    def last_rows(tokens: torch.Tensor, width: int) -> torch.Tensor:
+        logits = model(tokens, torch.arange(tokens.shape[1])[None])[:, -width:].to(torch.float32, copy=True)
+        logits[..., mask_id] = float("-inf")
+        return logits
+
+    drafts = torch.zeros(1, 0, dtype=torch.int64)
+    counts = torch.zeros(1, dtype=torch.int64)
+    log_q = torch.zeros(1, 0)
+    logits = last_rows(committed, 1)
+    vocab = logits.shape[-1]
+    empty_q = torch.zeros(1, 0, vocab)
+    zero = torch.zeros(1, dtype=torch.int64)
+    first = isd_step(logits, drafts, counts, log_q, empty_q, zero, torch.tensor([len(prompt) - 1]), rows)
+    out = Decoded(tokens=[int(first.last)], proposed=[0] * k, accepted=[0] * k)
+    drafts = torch.zeros(1, k, dtype=torch.int64)
+    log_q, q = torch.zeros(1, k), torch.zeros(1, k, vocab)
+    limit = torch.tensor([k])
+
+    while len(out.tokens) < max_tokens and out.tokens[-1] not in stop_ids:
+        pending = torch.tensor([out.tokens[-1]])
+        step = step_tokens(pending, drafts, counts, mask_id)
+        seq_len = torch.tensor([committed.shape[1]])
+        assert step_positions(seq_len, step.shape[1])[0, 0] == seq_len
+        logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1])
+        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows)
+        valid, accepted = int(counts), int(result.accept_lens) - 1
+        for position in range(valid):
+            out.proposed[position] += 1
+            out.accepted[position] += position < accepted
+        out.forwards += 1
+        out.introspection += float(result.introspection)
+        out.tried += min(accepted + 1, valid)
+        new = result.tokens[0, : accepted + 1].tolist()
+        committed = torch.cat([committed, pending[None], torch.tensor([new[:-1]], dtype=torch.int64)], dim=1)
+        for token in new:
+            out.tokens.append(token)
+            if token in stop_ids or len(out.tokens) == max_tokens:
+                break
+        drafts, counts, log_q = result.proposal.drafts, result.proposal.counts, result.proposal.log_q
+        q = result.proposal.q if result.proposal.q is not None else q
+    return out

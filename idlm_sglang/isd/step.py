@@ -1,0 +1,109 @@
+"""One ISD step behind the forward pass: logits in, committed tokens and next drafts out. No host synchronisation."""
+
+from dataclasses import dataclass
+
+import torch
+
+from idlm_sglang.isd import noise
+from idlm_sglang.isd.layout import mask_rows
+from idlm_sglang.isd.propose import Proposal, propose
+from idlm_sglang.isd.target import SamplingRows, target_scores
+from idlm_sglang.isd.verify import accepted_by_rejection, leading, residual, take, valid_drafts
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Result of one step.
+
+    Attributes:
+        tokens: ``(B, N)`` int64; the first ``accept_lens`` columns are committed, the rest is arbitrary.
+        accept_lens: ``(B,)`` int32, 1..N: accepted drafts plus one corrected or bonus token.
+        last: ``(B,)`` int64, the last committed token, pending in the next step.
+        proposal: the next drafts.
+        introspection: ``(B,)`` float32, the sum of min(1, p/q) over the drafts that were tried
+            (accepted ones and the first rejected one); the paper's introspective acceptance is its mean.
+        deciding: ``(B,)`` int64, the row that gave the last committed token.
+    """
+
+    tokens: torch.Tensor
+    accept_lens: torch.Tensor
+    last: torch.Tensor
+    proposal: Proposal
+    introspection: torch.Tensor
+    deciding: torch.Tensor
+
+
+def isd_step(
+    logits: torch.Tensor,
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    log_q: torch.Tensor,
+    q: torch.Tensor | None,
+    limits: torch.Tensor,
+    seq_lens: torch.Tensor,
+    rows: SamplingRows,
+) -> StepOutcome:
+    """Verify the drafts of a step and draw the next ones.
+
+    Args:
+        logits: ``(B, 2K + 1, V)`` float32, the rows of :mod:`idlm_sglang.isd.layout`, MASK removed.
+        drafts: ``(B, K)`` int64 as laid out; counts: ``(B,)`` integer, how many are valid.
+        log_q: ``(B, K)`` float32, log q of each draft when it was drawn.
+        q: ``(B, K, V)`` float32, the drafts' distributions; needed iff ``rows.any_rejection`` and K > 0.
+        limits: ``(B,)`` integer, the most drafts each request may carry next.
+        seq_lens: ``(B,)`` integer, position of row 0.
+        rows: sampling parameters.
+    """
+    batch, width, vocab = logits.shape
+    k = (width - 1) // 2
+    counts = counts.to(torch.int64)
+    proposing = mask_rows(counts, k)
+    index = torch.cat([torch.arange(k + 1, device=logits.device).expand(batch, -1), proposing], dim=1)
+    scores = target_scores(logits.gather(1, index[..., None].expand(-1, -1, vocab)), rows)
+    positions = seq_lens.to(torch.int64)[:, None] + index
+
+    greedy = rows.greedy
+    if rows.any_sampled:
+        g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
+        chosen = torch.where(greedy[:, None], scores.argmax(-1), (scores + g).argmax(-1))
+    else:
+        chosen = scores.argmax(-1)
+    verifying, yielded = scores[:, : k + 1], chosen[:, : k + 1]
+
+    match = yielded[:, :k] == drafts
+    accepted = match
+    by_rejection = ~(greedy | rows.coupled)
+    if rows.any_rejection and k:
+        by_ratio = accepted_by_rejection(verifying[:, :k], q, drafts, rows.seed, positions[:, :k])
+        accepted = torch.where(by_rejection[:, None], by_ratio, match)
+    valid = valid_drafts(counts, k)
+    accepted = accepted & valid
+    run = leading(accepted)
+    standing = run == counts
+
+    at = run[:, None]
+    last = yielded.gather(1, at).squeeze(1)
+    if rows.any_rejection:
+        row = at[..., None].expand(-1, -1, vocab)
+        p_row = verifying.gather(1, row).squeeze(1)
+        # Where every draft stood the row behind the last one has no q; residual() ignores what is read there.
+        q_row = q.gather(1, row.clamp(max=max(k - 1, 0))).squeeze(1) if k else torch.zeros_like(p_row)
+        behind = positions.gather(1, at)
+        g = noise.gumbel(rows.seed, behind, vocab, noise.STREAM_FINAL).squeeze(1)
+        drawn = (residual(p_row, q_row, ~standing) + g).argmax(-1)
+        last = torch.where(by_rejection, drawn, last)
+
+    column = torch.arange(k + 1, device=logits.device)
+    padded = torch.cat([drafts, drafts.new_zeros(batch, 1)], dim=1)
+    tokens = torch.where(column < at, padded, last[:, None])
+
+    tried = valid & (torch.arange(k, device=logits.device) <= at)
+    if rows.any_sampled:
+        ratio = (take(verifying[:, :k], drafts) - log_q).clamp(max=0).exp()
+        ratio = torch.where(greedy[:, None], match.float(), ratio)
+    else:
+        ratio = match.float()
+    introspection = torch.where(tried, ratio, 0.0).sum(1)
+
+    proposal = propose(scores[:, k + 1 :], chosen[:, k + 1 :], greedy, standing, limits, rows.any_rejection)
+    return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)

@@ -1,0 +1,86 @@
+"""Logits to the request's own target distribution: temperature, then top-k, top-p and min-p on the same sorted
+probabilities (the joint rule of SGLang's samplers). Ties are broken by the lower token id, so that the support of a
+row never depends on the batch."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """Sampling parameters of ``B`` requests. Tensors on the compute device, flags on the host.
+
+    A request is greedy when ``top_k <= 1`` (SGLang turns temperature 0 into that).
+
+    Attributes:
+        temperature: ``(B,)`` float32, > 0.
+        top_k: ``(B,)`` int32; a value >= V switches it off.
+        top_p: ``(B,)`` float32; 1 switches it off.
+        min_p: ``(B,)`` float32; 0 switches it off.
+        seed: ``(B,)`` int64, keys the noise of the request.
+        coupled: ``(B,)`` bool, the request uses the coupled rule; otherwise rejection. Ignored when greedy.
+        any_sampled: some request is not greedy.
+        any_truncated: some sampled request uses top-k, top-p or min-p.
+        any_rejection: some sampled request uses the rejection rule.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+    coupled: torch.Tensor
+    any_sampled: bool
+    any_truncated: bool
+    any_rejection: bool
+
+    @property
+    def greedy(self) -> torch.Tensor:
+        """``(B,)`` bool."""
+        return self.top_k <= 1
+
+
+def support(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Which tokens survive top-k, top-p and min-p.
+
+    Args:
+        probs: ``(B, R, V)`` probabilities.
+        top_k, top_p, min_p: ``(B,)``, as in :class:`SamplingRows`.
+
+    Returns:
+        ``(B, R, V)`` bool; the most probable token always survives.
+    """
+    ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
+    # float64: a float32 scan rounds by its shape on CUDA, and the edge of the nucleus would move with the batch.
+    before = torch.cumsum(ordered, dim=-1, dtype=torch.float64) - ordered
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    # Rounded probabilities may add up to more than 1; top-p 1 keeps the tail behind that point too.
+    keep = (before <= top_p[:, None, None]) | (top_p[:, None, None] >= 1)
+    keep &= rank < top_k[:, None, None].clamp(min=1)
+    keep &= ordered >= ordered[..., :1] * min_p[:, None, None]
+    keep[..., 0] = True
+    return torch.zeros_like(keep).scatter_(-1, index, keep)
+
+
+def target_scores(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Log-probabilities each row is to be sampled from.
+
+    Args:
+        logits: ``(B, R, V)`` float32, MASK already at -inf, biases and penalties already added.
+        rows: the requests' parameters.
+
+    Returns:
+        ``(B, R, V)`` float32: normalised log p with -inf outside the support. For a greedy request the logits
+        themselves: only their argmax is read, and normalising could merge two near values into a tie.
+    """
+    if not rows.any_sampled:
+        return logits
+    scores = torch.log_softmax(logits / rows.temperature[:, None, None], dim=-1)
+    if rows.any_truncated:
+        keep = support(scores.exp(), rows.top_k, rows.top_p, rows.min_p)
+        truncated = (rows.top_k < logits.shape[-1]) | (rows.top_p < 1) | (rows.min_p > 0)
+        # Normalising twice moves last bits: a request that truncates nothing must not notice a batch-mate that does.
+        renormalised = torch.log_softmax(scores.masked_fill(~keep, float("-inf")), dim=-1)
+        scores = torch.where(truncated[:, None, None], renormalised, scores)
+    return torch.where(rows.greedy[:, None, None], logits, scores)

@@ -1,0 +1,80 @@
+"""The CPU platform class handed to SGLang's `sglang.srt.platforms` registry."""
+
+import os
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+ATTENTION_BACKEND = "torch_native"
+
+# SGLang sizes its pools for a dedicated accelerator: left alone it would fill 70 % of a laptop's memory with KV.
+DEFAULT_MAX_TOTAL_TOKENS = 65_536
+DEFAULT_MAX_RUNNING_REQUESTS = 64
+DEFAULT_CHUNKED_PREFILL_SIZE = 1_024
+
+_BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+
+
+class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Plain torch on the host CPU: no Triton, no graphs, SGLang's own scheduler and KV cache."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    capabilities = PlatformCapabilities(supports_triton=False, graph_capture=False)
+
+    def get_device(self, device_id: int = 0) -> str:
+        # The mixin returns a torch.device; ServerArgs splits the name as a string.
+        return self.device_type
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        """Set what a CPU needs, default what the user left open. Raises ValueError on what cannot run here."""
+        if server_args.device != "cpu":
+            raise ValueError(f"--device {server_args.device}: this machine has no accelerator; allowed: cpu")
+        # SGLang has already put its AMX backend there when the user named none; its kernels are not installed.
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = ATTENTION_BACKEND
+        for field in _BACKEND_FIELDS:
+            _check_attention_backend(field, getattr(server_args, field))
+        server_args.sampling_backend = "pytorch"
+        for field, default in (
+            ("max_total_tokens", DEFAULT_MAX_TOTAL_TOKENS),
+            ("max_running_requests", DEFAULT_MAX_RUNNING_REQUESTS),
+            ("chunked_prefill_size", DEFAULT_CHUNKED_PREFILL_SIZE),
+        ):
+            if getattr(server_args, field) is None:
+                setattr(server_args, field, default)
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        if kind != "mha":
+            return None
+        from idlm_sglang.platform.kv_pool import CpuMHATokenToKVPool
+
+        return CpuMHATokenToKVPool
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "ISD"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def init_backend(self) -> None:
+        """Called once in every worker process, before the model runner exists."""
+        from idlm_sglang.platform import attention
+        from idlm_sglang.platform.patches import apply_cpu_patches
+
+        attention.register()
+        apply_cpu_patches()
+
+
+def _check_attention_backend(field: str, value: str | None) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if value in (None, ATTENTION_BACKEND) or (value == "triton" and interpreted):
+        return
+    raise ValueError(
+        f"--{field.replace('_', '-')} {value}: not available without an accelerator; "
+        f"allowed: {ATTENTION_BACKEND} (or triton under TRITON_INTERPRET=1)"
+    )

@@ -1,0 +1,42 @@
+"""Real servers for the tests: SGLang started by its own command, spoken to over HTTP."""
+
+import pytest
+
+from tests.server.harness import CHECKPOINT, Server
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory):
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def ar(logs):
+    """Plain autoregressive serving of the embedded checkpoint, plugin loaded."""
+    with Server("ar", CHECKPOINT, logs) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def isd(logs):
+    """ISD with the overlap schedule; requests choose their stride. SGLang poisons stale reads."""
+    env = {"IDLM_MAX_STRIDE": "16", "SGLANG_IS_IN_CI": "1"}
+    with Server("isd", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def isd_sync(logs):
+    """ISD without overlap, pages of 16, chunked prefill of 32 mixed with decoding."""
+    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk"]
+    with Server("isd_sync", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env={"IDLM_MAX_STRIDE": "8"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def isd_tight(logs):
+    """ISD with overlap and mixed chunks, on a KV pool far too small for its load: requests are retracted."""
+    flags = ["--max-total-tokens", "1200", "--chunked-prefill-size", "32", "--enable-mixed-chunk", "--max-running-requests", "24"]
+    env = {"IDLM_MAX_STRIDE": "8", "SGLANG_IS_IN_CI": "1"}
+    with Server("isd_tight", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env) as server:
+        yield server

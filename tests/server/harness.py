@@ -1,0 +1,142 @@
+"""A server process, requests to it, and the prompts the tests share."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+
+from idlm_sglang.demo import CHECKPOINT_DIR
+
+CHECKPOINT = str(CHECKPOINT_DIR)
+START_SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """``python -m sglang.launch_server`` on 127.0.0.1 as a context manager."""
+
+    def __init__(self, name: str, model: str, logs: Path, *flags: str, env: dict | None = None, dtype: str = "float32"):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = logs / f"{name}.log"
+        self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--dtype", dtype]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *flags]
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", **(env or {})}
+        self.process = None
+
+    def __enter__(self):
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(self.command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if requests.get(self.url + "/health_generate", timeout=10).status_code == 200:
+                    return self
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        tail = self.log.read_text(errors="replace")[-4000:]
+        self.__exit__()
+        raise RuntimeError(f"server did not start: {' '.join(self.command)}\n{tail}")
+
+    def __exit__(self, *_):
+        # The server and its children share one process group, which nothing else is in.
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def post(self, path: str, body: dict, **kwargs) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=300, **kwargs)
+
+    def generate(self, prompt, stride: int | None = None, **params) -> dict:
+        """Native ``/generate``; ``prompt`` is text or token ids; keyword arguments are sampling parameters."""
+        top = {k: params.pop(k) for k in ("return_logprob", "top_logprobs_num", "rid", "stream") if k in params}
+        if stride is not None:
+            params["custom_params"] = {"idlm_stride": stride}
+        key = "text" if isinstance(prompt, str) else "input_ids"
+        reply = self.post("/generate", {key: prompt, "sampling_params": params, **top})
+        reply.raise_for_status()
+        return reply.json()
+
+    def many(self, calls: list[dict], clients: int) -> list[dict]:
+        """``generate`` for each call (keyword arguments), at most ``clients`` at a time, answers in order."""
+        with ThreadPoolExecutor(clients) as pool:
+            return list(pool.map(lambda call: self.generate(**call), calls))
+
+    def metrics(self) -> dict[str, float]:
+        """The ``idlm:*`` samples of ``/metrics``, keyed by name and labels as printed, model and rank left out."""
+        found = {}
+        for line in requests.get(self.url + "/metrics", timeout=30).text.splitlines():
+            if line.startswith("idlm:") and "_created" not in line:
+                sample, value = line.rsplit(" ", 1)
+                sample = re.sub(r'(dp_rank|model_name)="[^"]*",?', "", sample).replace(",}", "}").replace("{}", "")
+                found[sample] = found.get(sample, 0.0) + float(value)
+        return found
+
+    def info(self) -> dict:
+        return requests.get(self.url + "/server_info", timeout=60).json()
+
+    def idle_tokens(self) -> tuple[int, int]:
+        """(tokens in use and not evictable, running requests) of an idle server, from its own load report."""
+        load = requests.get(self.url + "/get_load", timeout=60).json()[0]
+        return load["num_tokens"], load["num_reqs"]
+
+
+def chat(text: str) -> str:
+    """A single-turn prompt in the checkpoint's ChatML."""
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prompts(count: int, seed: int = 0) -> list[str]:
+    """Prompts of many shapes: answered questions, unseen names, arithmetic, raw text, long and one-token ones."""
+    rng = random.Random(seed)
+    words = "river stone quiet lamp seven market blue window paper copper lantern meadow glass winter engine".split()
+    names = ["Tavo", "Mirel", "Osk", "Bennu", "Larka", "Quib", "Sorel", "Yanni", "Drusk", "Fenno"]
+    makers = [
+        lambda: chat("What is I-DLM?"),
+        lambda: chat(f"What is {rng.randrange(100)} + {rng.randrange(100)}?"),
+        lambda: chat(f"What is {rng.randrange(50, 100)} - {rng.randrange(50)}?"),
+        lambda: chat(f"My name is {rng.choice(names)}. What is my name?"),
+        lambda: chat(f"Count from {rng.randrange(1, 9)} to {rng.randrange(10, 30)}."),
+        lambda: chat(f"Say hello to {rng.choice(names)} and {rng.choice(names)}."),
+        lambda: chat(f"How do I serve the {rng.choice(words)} model?"),
+        lambda: " ".join(rng.choices(words, k=rng.randrange(3, 40))),
+        lambda: chat(" ".join(rng.choices(words, k=rng.randrange(40, 120)))),
+        lambda: chat("Repeat: " + " ".join(rng.choices(words + names, k=rng.randrange(2, 12)))),
+        lambda: rng.choice(words)[0],
+    ]
+    return [rng.choice(makers)() for _ in range(count)]
+
+
+def ids(answer: dict) -> list[int]:
+    return answer["output_ids"]
+
+
+def differing(left: list[dict], right: list[dict]) -> list[int]:
+    """Indices at which two lists of answers differ in text, tokens, finish reason or completion length."""
+
+    def view(a):
+        meta = a["meta_info"]
+        return a["text"], ids(a), meta["finish_reason"], meta["completion_tokens"], meta["prompt_tokens"]
+
+    return [i for i, (a, b) in enumerate(zip(left, right, strict=True)) if view(a) != view(b)]

@@ -1,0 +1,100 @@
+"""A KV pool far too small: retraction, disconnects, aborts, and nothing is lost or leaked."""
+
+import random
+import time
+
+import pytest
+import requests
+
+from tests.server.harness import CHECKPOINT, Server, differing, prompts
+
+
+def hang_up(server, prompt, after):
+    """A client that disconnects while its answer streams."""
+    body = {"text": prompt, "sampling_params": {"temperature": 0, "ignore_eos": True, "max_new_tokens": 400}, "stream": True}
+    try:
+        with requests.post(server.url + "/generate", json=body, stream=True, timeout=(10, after)) as reply:
+            for _ in reply.iter_lines():
+                pass
+    except requests.RequestException:
+        pass
+
+
+def wait_idle(server, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        running = server.idle_tokens()[1]
+        if running == 0:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still busy: {server.idle_tokens()}")
+
+
+def test_retraction_and_disconnects_do_not_change_answers(ar, isd_tight):
+    from concurrent.futures import ThreadPoolExecutor
+
+    rng = random.Random(1)
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 90, "ignore_eos": True} for p in prompts(72, seed=51)]
+    left = ar.many(calls, 16)
+    with ThreadPoolExecutor(6) as noise:
+        leaving = [noise.submit(hang_up, isd_tight, p, rng.uniform(0.05, 1.0)) for p in prompts(48, seed=52)]
+        right = isd_tight.many([{**c, "stride": rng.choice([2, 4, 8])} for c in calls], 24)
+        for f in leaving:
+            f.result()
+    different = differing(left, right)
+    assert not different, [(calls[i]["prompt"], left[i]["text"], right[i]["text"]) for i in different[:2]]
+    retractions = isd_tight.log.read_text(errors="replace").count("KV cache pool is full. Retract requests")
+    print(f"{len(calls)} answers identical, {retractions} retractions, 48 disconnects")
+    assert retractions > 0, "the pool was not tight enough to retract"
+    wait_idle(isd_tight)
+
+
+def test_every_slot_is_free_after_mixed_requests_with_aborts(isd_tight):
+    """SGLang checks its own pools when idle and dies on a leak; afterwards a flush must give back the whole pool."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    rng = random.Random(2)
+    texts = prompts(600, seed=61)
+
+    def one(i):
+        kind = rng.randrange(5)
+        if kind == 0:
+            hang_up(isd_tight, texts[i], rng.uniform(0.01, 0.2))
+            return
+        params = {"max_new_tokens": rng.randrange(1, 24), "temperature": rng.choice([0, 0.7, 1.0])}
+        if kind == 1:
+            params |= {"sampling_seed": i, "top_p": 0.8}
+        if kind == 2:
+            params |= {"presence_penalty": 0.5}
+        rid = f"job-{i}"
+        if kind == 3:
+            with ThreadPoolExecutor(1) as pool:
+                call = pool.submit(isd_tight.post, "/generate", {"text": texts[i], "rid": rid, "sampling_params": params | {"max_new_tokens": 200, "ignore_eos": True}})
+                time.sleep(rng.uniform(0, 0.2))
+                isd_tight.post("/abort_request", {"rid": rid})
+                call.result()
+            return
+        isd_tight.generate(texts[i], stride=rng.choice([1, 2, 4, 8]), **params)
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(one, range(len(texts))))
+    wait_idle(isd_tight)
+    time.sleep(1.0)
+    assert requests.post(isd_tight.url + "/flush_cache", timeout=30).status_code == 200
+    time.sleep(1.0)
+    assert isd_tight.alive() and isd_tight.idle_tokens() == (0, 0)
+    assert isd_tight.generate("Hello", temperature=0, max_new_tokens=4)["meta_info"]["completion_tokens"] >= 1
+    print(f"{len(texts)} requests, idle: {isd_tight.idle_tokens()} tokens and requests in use")
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_wide_steps_in_a_small_context_stay_inside_the_request_table(ar, logs, page):
+    """W = 31 rows behind the last token of a 96-token context."""
+    flags = ["--context-length", "96", "--page-size", str(page), "--speculative-algorithm", "ISD"]
+    with Server(f"small{page}", CHECKPOINT, logs, *flags, env={"IDLM_STRIDE": "16"}) as server:
+        calls = [{"prompt": p[:60], "temperature": 0, "ignore_eos": True, "max_new_tokens": 60} for p in prompts(40, seed=71)]
+        got = server.many(calls, 16)
+        want = ar.many([{**c, "max_new_tokens": a["meta_info"]["completion_tokens"]} for c, a in zip(calls, got)], 16)
+        assert [a["output_ids"] for a in got] == [a["output_ids"] for a in want]
+        wait_idle(server)
+        assert server.alive()
