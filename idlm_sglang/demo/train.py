@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 from idlm_sglang.demo.batches import NO_LABEL, ROW_TOKENS, Batch, build_batch
 from idlm_sglang.demo.corpus import training_dialogues
@@ -28,6 +28,21 @@ STEPS, ROWS, WARMUP_STEPS = 1500, 8, 40
 MUON_LR, ADAM_LR = 0.02, 4e-3
 TOKENIZER_DIALOGUES = 4000
 MAX_POSITIONS = 4096
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, **_):
+    """softmax(q k^T + mask) v with an additive mask, for transformers. On one CPU thread and rows this short, forward and backward take
+    less than half the time of the fused CPU kernel with a mask.
+
+    query: (B, heads, T, d). key, value: (B, kv_heads, T, d). attention_mask: (B, 1, T, T), 0 or -inf. Returns (B, T, heads, d), None.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query * scaling) @ key.transpose(-1, -2) + attention_mask
+    return (scores.softmax(-1, dtype=query.dtype) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("plain", plain_attention)
 
 
 def model_config(tokenizer: Tokenizer) -> dict:
@@ -90,7 +105,7 @@ def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, tokeni
     sample = [next(dialogues).messages() for _ in range(tokenizer_dialogues)]
     tokenizer = train_tokenizer(text for messages in sample for message in messages for text in message.values())  # roles too
     config = model_config(tokenizer)
-    model = Qwen3ForCausalLM._from_config(Qwen3Config(**{**config, "torch_dtype": "float32"}), attn_implementation="sdpa")
+    model = Qwen3ForCausalLM._from_config(Qwen3Config(**{**config, "torch_dtype": "float32"}), attn_implementation="plain")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {rows} rows, tokenizer of {tokenizer.get_vocab_size()} tokens", flush=True)
 
     conversations, rng = encoded_dialogues(tokenizer, seed), random.Random(seed)
@@ -103,7 +118,8 @@ def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, tokeni
                 group["lr"] = rate * learning_rate_factor(step, steps)
         batch = build_batch(conversations, config["mask_token_id"], rng, rows)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=batch.input_ids, position_ids=batch.positions, attention_mask=batch.visible, use_cache=False).logits
+            unseen = torch.zeros(batch.visible.shape, dtype=torch.bfloat16).masked_fill(~batch.visible, float("-inf"))
+            logits = model(input_ids=batch.input_ids, position_ids=batch.positions, attention_mask=unseen, use_cache=False).logits
         clean, mask, soft, agreement = losses(logits, batch)
         (clean + 0.5 * mask + 0.5 * soft).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import requests
 
-from idlm_sglang.demo import CHECKPOINT_DIR
+from idlm_sglang.demo import CHECKPOINT_DIR, corpus
 
 CHECKPOINT = str(CHECKPOINT_DIR)
 START_SECONDS = 240
@@ -33,7 +33,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = logs / f"{name}.log"
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--dtype", dtype]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *flags]
+        # Idle schedulers would otherwise spin on the two cores the servers share.
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--sleep-on-idle", *flags]
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", **(env or {})}
         self.process = None
 
@@ -105,6 +106,15 @@ class Server:
 def chat(text: str) -> str:
     """A single-turn prompt in the checkpoint's ChatML."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def held_out_prompts(count: int, seed: int = 7) -> list[str]:
+    """First questions of dialogues that the embedded checkpoint's training never contains, in its chat template."""
+    found = []
+    for dialogue in corpus.held_out_dialogues(seed, count):
+        system = f"<|im_start|>system\n{dialogue.system}<|im_end|>\n" if dialogue.system else ""
+        found.append(system + chat(dialogue.turns[0][0]))
+    return found
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:

@@ -79,24 +79,24 @@ class Tabular:
         vocab: real tokens.
         p_zeros, q_zeros: share of tokens that a p or q row rules out.
         q_one_hot: every q row has one token only.
-        context_free: the same p everywhere, at MASK rows too (q = p).
+        context: share of the logits' spread that comes from the context; 0 gives the same p everywhere, at
+            MASK rows too (q = p), and small values a q near p.
         spread: standard deviation of the logits.
         step: logits are rounded to multiples of this, which makes ties.
     """
 
     def __init__(
-        self, vocab=3, order=5, seed=0, p_zeros=0.0, q_zeros=0.0, q_one_hot=False, context_free=False, spread=1.2, step=0.0
+        self, vocab=3, order=5, seed=0, p_zeros=0.0, q_zeros=0.0, q_one_hot=False, context=1.0, spread=1.2, step=0.0
     ):
         self.vocab, self.order, self.mask = vocab, order, vocab
         base = vocab + 1
         random = torch.Generator().manual_seed(seed)
         codes = torch.arange(base**order)
         masked = torch.stack([codes // base**i % base == vocab for i in range(order)]).any(0)
-        table = torch.randn(len(codes), vocab, generator=random) * spread
+        table = torch.randn(len(codes), vocab, generator=random)
+        table = (context * table + (1 - context) * table[:1]) * spread
         if step:
             table = (table / step).round() * step
-        if context_free:
-            table = table[:1].repeat(len(codes), 1)
         alive = torch.randint(vocab, (len(codes), 1), generator=random)
         share = torch.where(masked, q_zeros, p_zeros)[:, None]
         off = torch.rand(table.shape, generator=random) < share

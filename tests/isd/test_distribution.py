@@ -2,15 +2,17 @@
 target is any function of the prefix and the drafts' q any unrelated one. The last part shows that the same test
 rejects procedures that are nearly right."""
 
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
 import torch
 
 from idlm_sglang.isd import noise, propose, step, verify
-from isd_reference import GREEDY, NEG, Params, Tabular, emit, sampling_rows, target_probs, worst_p
+from tests.isd.reference import GREEDY, Params, Tabular, emit, sampling_rows, worst_p
 
 ROWS = 100_000
+FEW = 50_000  # enough to notice a bias
 # Smallest of up to 13 p-values (joint, singles, pairs, triples) per case, with fixed seeds: passes above, fails far below.
 EXACT, BIASED = 2e-4, 1e-9
 
@@ -19,7 +21,7 @@ MODELS = {
     "q with zeros": dict(q_zeros=0.4),
     "p with zeros": dict(p_zeros=0.4, q_zeros=0.2),
     "one-hot q": dict(q_one_hot=True),
-    "q equal to p": dict(context_free=True),
+    "q equal to p": dict(context=0.0),
     "far apart": dict(spread=3.0),
 }
 REJECTION, COUPLED = Params(), Params(coupled=True)
@@ -45,16 +47,22 @@ def check(name: str, model: Tabular, params: Params, length: int, strides, seed:
     return report(name, emitted, model.vocab, model.law(params, length))
 
 
-@pytest.mark.parametrize("stride", [2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, stride", [(name, 3) for name in MODELS] + [("unrelated q", 2), ("q with zeros", 2), ("q with zeros", 4)])
 def test_rejection_emits_the_ar_distribution(name, stride):
     vocab, length = (4, 4) if stride == 2 else (3, 5)
     assert check(f"rejection, {name}, N = {stride}", Tabular(vocab, **MODELS[name]), REJECTION, length, stride, stride) > EXACT
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_long_accepted_runs_emit_the_ar_distribution(stride):
+    """A q near p: most drafts stand, and the joint law spans several steps that carry drafts over."""
+    model = Tabular(3, order=7, seed=5, context=0.3)
+    assert check(f"rejection, q near p, N = {stride}", model, REJECTION, 7, stride, stride) > EXACT
+
+
+@pytest.mark.parametrize("name", ["unrelated q", "p with zeros", "one-hot q"])
 def test_coupled_emits_the_ar_distribution(name):
-    """What is emitted is the same at any stride (test_isd_coupled), so one stride shows it."""
+    """What is emitted is the same at any stride (test_coupled), so one stride shows it."""
     assert check(f"coupled, {name}, N = 3", Tabular(3, **MODELS[name]), COUPLED, 5, 3, seed=9) > EXACT
 
 
@@ -104,7 +112,7 @@ def test_greedy_rejection_and_coupled_rows_in_one_batch():
 def test_equal_q_and_p_are_always_accepted():
     for params in (REJECTION, Params(temperature=0.6, top_p=0.7)):
         rows = sampling_rows([params] * 20_000, torch.arange(20_000))
-        emitted = emit(Tabular(4, context_free=True), rows, 1 + 1 + 4 * 3, 4)
+        emitted = emit(Tabular(4, context=0.0), rows, 1 + 1 + 4 * 3, 4)
         # The prefill's token, one cold step, then four tokens per forward.
         assert (emitted.forwards == 1 + 3).all()
 
@@ -167,11 +175,10 @@ def noise_without_positions(patch):
     patch(noise, "gumbel", lambda seeds, positions, *rest: exact(seeds, positions * 0, *rest))
 
 
-def untruncated_verification(patch):
-    """Top-k and top-p for the drafts and for the bonus, not for p in verification."""
+def p_at_the_wrong_temperature(patch):
+    """Drafts are accepted by p at twice the temperature."""
     exact = step.accepted_by_rejection
-    ratio = lambda scores, q, *rest: exact((scores / 2).log_softmax(-1), q, *rest)
-    patch(step, "accepted_by_rejection", ratio)
+    patch(step, "accepted_by_rejection", lambda scores, *rest: exact((scores / 2).log_softmax(-1), *rest))
 
 
 def tried_behind_the_first_rejection(patch):
@@ -194,7 +201,7 @@ DEVIATIONS = [
     repeated_acceptance_draws,
     correction_with_the_drafts_noise,
     noise_without_positions,
-    untruncated_verification,
+    p_at_the_wrong_temperature,
     tried_behind_the_first_rejection,
     invalid_drafts_tried,
 ]
@@ -203,19 +210,31 @@ DEVIATIONS = [
 @pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda deviation: deviation.__name__)
 def test_a_biased_procedure_is_noticed(deviation, monkeypatch):
     deviation(monkeypatch.setattr)
-    assert check(deviation.__name__, Tabular(3, seed=1), REJECTION, 4, 3, seed=11) < BIASED
+    assert check(deviation.__name__, Tabular(3, seed=1), REJECTION, 4, 3, seed=11, rows=FEW) < BIASED
+
+
+def test_untruncated_verification_is_noticed(monkeypatch):
+    """Top-k for the drafts and the bonus, not for p in verification and correction."""
+    exact = step.target_scores
+
+    def wrong(logits, rows):
+        k = logits.shape[1] // 2
+        return torch.cat([exact(logits[:, :k], replace(rows, any_truncated=False)), exact(logits[:, k:], rows)], dim=1)
+
+    monkeypatch.setattr(step, "target_scores", wrong)
+    assert check("untruncated verification", Tabular(3, seed=1), Params(top_k=2), 4, 3, seed=11, rows=FEW) < BIASED
 
 
 def test_coupled_noise_without_positions_is_noticed(monkeypatch):
     noise_without_positions(monkeypatch.setattr)
-    assert check("coupled, same noise everywhere", Tabular(3, seed=1), COUPLED, 4, 3, seed=11) < BIASED
+    assert check("coupled, same noise everywhere", Tabular(3, seed=1), COUPLED, 4, 3, seed=11, rows=FEW) < BIASED
 
 
 def test_dropping_drafts_by_their_own_probability_is_noticed():
     """Keeping a draft because of q at its value biases the rejection rule; the coupled rule does not mind."""
     sure = lambda result: result.proposal.counts * (result.proposal.log_q[:, 0] > -0.7)
     model = Tabular(3, seed=1)
-    assert check("dropped by q(x), rejection", model, REJECTION, 4, 3, seed=12, survivors=sure) < BIASED
+    assert check("dropped by q(x), rejection", model, REJECTION, 4, 3, seed=12, rows=FEW, survivors=sure) < BIASED
     assert check("dropped by q(x), coupled", model, COUPLED, 4, 3, seed=12, survivors=sure) > EXACT
 
 

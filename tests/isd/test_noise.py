@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from idlm_sglang.isd import noise
-from isd_reference import counts_p
+from tests.isd.reference import counts_p
 
 M = 0xFFFFFFFF
 STREAMS = (noise.STREAM_TOKEN, noise.STREAM_ACCEPT, noise.STREAM_FINAL)

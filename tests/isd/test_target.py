@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm_sglang.isd.target import support, target_scores
-from isd_reference import GREEDY, NEG, OFF, Params, sampling_rows, target_probs
+from tests.isd.reference import GREEDY, NEG, OFF, Params, sampling_rows, target_probs
 
 PARAMS = [
     Params(),

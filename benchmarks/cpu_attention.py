@@ -1,0 +1,186 @@
+"""Attention of the CPU platform beside SGLang's stock `torch_native` backend: same pool, same rows, one process.
+
+    python -m benchmarks.cpu_attention                 # the table, and benchmarks/results/cpu_attention.csv
+    python -m benchmarks.cpu_attention --quick         # fewer shapes, no CSV
+
+One sample is the attention of one forward: metadata once, then every layer (KV write, gather, softmax). The two
+arms alternate inside the same loop and the fastest sample of each counts, so that a busy neighbour hurts neither.
+`ratio` is stock / ours (above 1: ours is faster). The verify rows at width W run the stock arm as an extend of W
+rows; `vs decode` is our verify over our decode at the same batch and lengths.
+"""
+
+import argparse
+import csv
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the platform sets it for a server
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from idlm_sglang.platform.attention import TiledAttnBackend
+
+RESULTS = Path(__file__).parent / "results" / "cpu_attention.csv"
+# (query heads, KV heads, head dim, layers, layers with their own KV): the embedded model, and Qwen3-8B's heads.
+SHAPES = {"demo": (4, 2, 64, 4, 4), "8b": (32, 8, 128, 4, 1)}
+DECODE_BATCHES, CONTEXTS, WIDTHS = (1, 8, 32, 64), (64, 256, 512, 2048), (7, 15)
+SECONDS_PER_ARM = 0.4
+
+
+class Pool:
+    """The part of SGLang's KV pool that attention uses; `layers` beyond the number of buffers share them."""
+
+    start_layer = 0
+
+    def __init__(self, slots: int, heads: int, dim: int, dtype: torch.dtype, buffers: int) -> None:
+        self.keys = [torch.randn(slots, heads, dim).to(dtype) for _ in range(buffers)]
+        self.values = [torch.randn(slots, heads, dim).to(dtype) for _ in range(buffers)]
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.keys[layer_id % len(self.keys)]
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.values[layer_id % len(self.values)]
+
+    def set_kv_buffer(self, layer, loc_info, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.get_key_buffer(layer.layer_id)[loc_info.loc] = k
+        self.get_value_buffer(layer.layer_id)[loc_info.loc] = v
+
+
+@dataclass(frozen=True)
+class Case:
+    mode: str  # decode, verify, extend
+    shape: str
+    dtype: torch.dtype
+    batch: int
+    context: int  # columns before the new rows
+    spread: bool  # lengths uniform in 64..context instead of all equal
+    rows: int  # new rows per request
+
+
+def forward_batches(case: Case, req_to_token: torch.Tensor) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """The same rows as (ours, stock) see them."""
+    draw = random.Random(0)
+    prefix = [draw.randint(min(64, case.context), case.context) if case.spread else case.context] * case.batch
+    if case.spread:
+        prefix = [draw.randint(min(64, case.context), case.context) for _ in range(case.batch)]
+    prefix_lens = torch.tensor(prefix, dtype=torch.int64)
+    rows = torch.full((case.batch,), case.rows, dtype=torch.int32)
+    columns = prefix_lens[:, None] + torch.arange(case.rows)
+    shared = dict(
+        req_pool_indices=torch.arange(1, case.batch + 1),
+        out_cache_loc=torch.gather(req_to_token[1 : case.batch + 1].long(), 1, columns).flatten(),
+        encoder_lens=None,
+        extend_prefix_lens=prefix_lens.int(),
+        extend_seq_lens=rows,
+        spec_info=SimpleNamespace(num_tokens_per_req=case.rows),
+    )
+    stock_mode = ForwardMode.DECODE if case.mode == "decode" else ForwardMode.EXTEND
+    stock = SimpleNamespace(forward_mode=stock_mode, seq_lens=prefix_lens + case.rows, **shared)
+    if case.mode != "verify":
+        return stock, stock
+    return SimpleNamespace(forward_mode=ForwardMode.TARGET_VERIFY, seq_lens=prefix_lens, **shared), stock
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Fastest microseconds per layer of each arm."""
+    q_heads, kv_heads, dim, layer_count, buffers = SHAPES[case.shape]
+    columns = case.context + case.rows
+    slots = case.batch * columns + 1
+    torch.manual_seed(0)
+    req_to_token = torch.zeros(case.batch + 1, columns, dtype=torch.int32)
+    req_to_token[1:] = (torch.randperm(slots - 1) + 1).view(case.batch, columns).int()
+    runner = SimpleNamespace(
+        device="cpu",
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
+        token_to_kv_pool=Pool(slots, kv_heads, dim, case.dtype, buffers),
+    )
+    layers = [RadixAttention(q_heads, dim, dim**-0.5, kv_heads, index) for index in range(layer_count)]
+    tokens = case.batch * case.rows
+    q = torch.randn(tokens, q_heads * dim).to(case.dtype)
+    k, v = (torch.randn(tokens, kv_heads, dim).to(case.dtype) for _ in range(2))
+    arms = dict(zip(("ours", "stock"), forward_batches(case, req_to_token)))
+    backends = {"ours": TiledAttnBackend(runner), "stock": TorchNativeAttnBackend(runner)}
+
+    def forward(arm: str) -> torch.Tensor:
+        backend, batch = backends[arm], arms[arm]
+        backend.init_forward_metadata(batch)
+        step = backend.forward_decode if batch.forward_mode.is_decode() else backend.forward_extend
+        for layer in layers:
+            out = step(q, k, v, layer, batch)
+        return out
+
+    tolerance = 1e-4 if case.dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(forward("ours"), forward("stock"), atol=tolerance, rtol=tolerance)
+    best = dict.fromkeys(arms, float("inf"))
+    deadline = time.perf_counter() + SECONDS_PER_ARM * len(arms)
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        rounds += 1
+        for arm in arms:
+            began = time.perf_counter()
+            forward(arm)
+            best[arm] = min(best[arm], time.perf_counter() - began)
+    return {arm: seconds * 1e6 / layer_count for arm, seconds in best.items()}
+
+
+def cases(quick: bool) -> list[Case]:
+    batches, contexts = ((1, 8), (64, 512)) if quick else (DECODE_BATCHES, CONTEXTS)
+    found = []
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch in batches:
+                for context in contexts:
+                    for mode, rows in (("decode", 1), *(("verify", width) for width in WIDTHS)):
+                        found.append(Case(mode, shape, dtype, batch, context, False, rows))
+                for mode, rows in (("decode", 1), ("verify", WIDTHS[0])):
+                    if batch > 1:
+                        found.append(Case(mode, shape, dtype, batch, contexts[-1], True, rows))
+            for batch, prefix, rows in ((1, 0, 64), (1, 0, 1024), (1, 1024, 128), (16, 0, 64), (8, 256, 32)):
+                found.append(Case("extend", shape, dtype, batch, prefix, False, rows))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, and leave the CSV alone")
+    quick = parser.parse_args().quick
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    header = ["mode", "shape", "dtype", "batch", "context", "rows", "stock_us", "ours_us", "ratio", "vs_decode"]
+    print(("{:>9}" * len(header)).format(*header))
+    records, decode_us = [], {}
+    for case in cases(quick):
+        timing = measure(case)
+        lengths = (case.shape, case.dtype, case.batch, case.context, case.spread)
+        if case.mode == "decode":
+            decode_us[lengths] = timing["ours"]
+        context = f"64..{case.context}" if case.spread else str(case.context)
+        records.append(
+            [
+                case.mode,
+                case.shape,
+                "fp32" if case.dtype == torch.float32 else "bf16",
+                case.batch,
+                context,
+                case.rows,
+                round(timing["stock"]),
+                round(timing["ours"]),
+                f"{timing['stock'] / timing['ours']:.2f}",
+                f"{timing['ours'] / decode_us[lengths]:.2f}" if case.mode == "verify" else "",
+            ]
+        )
+        print(("{:>9}" * len(header)).format(*map(str, records[-1])), flush=True)
+    if not quick:
+        with RESULTS.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *records])
+
+
+if __name__ == "__main__":
+    main()

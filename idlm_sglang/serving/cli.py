@@ -1,0 +1,114 @@
+"""The `idlm` command: what it accepts and where it goes. Nothing heavy is imported before it is needed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from idlm_sglang.config import DEFAULT_STRIDE, MAX_STRIDE, SettingError
+
+_DESCRIPTION = "Serve Introspective Diffusion Language Models (I-DLM) through SGLang, several tokens per forward."
+_EPILOG = "Run `idlm serve` alone for a first look: it serves a small embedded checkpoint, with or without a GPU."
+
+_SERVE_DESCRIPTION = """\
+Serve a checkpoint behind SGLang's OpenAI-compatible server.
+
+MODEL is a directory or a repository's owner/name; without it the embedded demo checkpoint is served. It comes first
+or behind the options below; SGLang's own --model-path does as well.
+
+Every other flag is SGLang's and reaches it untouched (list: sglang serve --help). Set here unless you set them:
+  --speculative-algorithm ISD   --max-running-requests 64   --enable-metrics
+  and for the embedded checkpoint --dtype float32 --served-model-name idlm-demo
+SGLang's own defaults: --host 127.0.0.1 --port 30000. Listening on other addresses: add --api-key."""
+
+_SERVE_EPILOG = """\
+examples:
+  idlm serve                                         the embedded checkpoint at http://127.0.0.1:30000
+  idlm serve /models/I-DLM-8B --tp-size 2            a checkpoint on two GPUs
+  idlm serve /models/I-DLM-8B --max-stride 8         requests may ask for a stride of up to 8
+  idlm serve /models/I-DLM-8B --ar                   the same checkpoint, one token per forward, for comparison
+
+exit code: 0 after an orderly stop (SIGTERM, Ctrl-C; a second one ends it at once), 1 or 2 for settings that cannot be
+served or a server that failed, 128 + n when it was ended by signal n."""
+
+_CHECK_DESCRIPTION = """\
+Say whether this environment can serve, one line per item: ok, warn (works, with the limit named) or FAIL.
+Exit code 1 if anything fails."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes end in one line, without a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"idlm: {message}; see {self.prog} --help\n")
+
+
+def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The command's parser and that of `idlm serve`, which does not know SGLang's flags."""
+    style = argparse.RawDescriptionHelpFormatter
+    top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
+    top.add_argument("--version", action="store_true", help="print the versions in use and exit")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check}")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a checkpoint",
+        usage="idlm serve [MODEL] [options] [any SGLang flag ...]",
+        description=_SERVE_DESCRIPTION,
+        epilog=_SERVE_EPILOG,
+        formatter_class=style,
+        allow_abbrev=False,
+    )
+    option = serve.add_argument
+    option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE} (default {DEFAULT_STRIDE})")
+    option("--max-stride", metavar="N", help="the largest stride a request may ask for; memory is reserved for it (default: the stride)")
+    option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
+    option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: rejection (default) or coupled")
+    option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
+    option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
+    option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")
+    option("--log-file", metavar="PATH", type=Path, help="SGLang's log to this file (default on a terminal: a file that is named)")
+
+    check = commands.add_parser(
+        "check", help="can this environment serve?", description=_CHECK_DESCRIPTION, formatter_class=style, allow_abbrev=False
+    )
+    check.add_argument("--host", default="127.0.0.1", help="address the server would listen on (default 127.0.0.1)")
+    check.add_argument("--port", default="30000", help="port the server would listen on (default 30000)")
+    return top, serve
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `idlm` script. Returns the exit code; a bad setting exits with its one line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    top, serve = parser()
+    if words[:1] == ["serve"]:
+        # Parsed on its own: SGLang's flags and their values are words that no parser here knows.
+        own, rest = serve.parse_known_args(words[1:])
+        return _serve(own, rest)
+    own = top.parse_args(words)
+    if own.version:
+        from idlm_sglang.serving.summary import versions
+
+        print(versions())
+        return 0
+    if own.command == "check":
+        from idlm_sglang.serving.check import run
+
+        return run(own.host, own.port)
+    top.print_help()
+    return 0 if not words else 2
+
+
+def _serve(own: argparse.Namespace, rest: Sequence[str]) -> int:
+    from idlm_sglang.serving import launch, options
+
+    try:
+        return launch.serve(options.resolve(own, rest, log_to_terminal=not sys.stderr.isatty()))
+    except SettingError as refused:
+        print(refused.code, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

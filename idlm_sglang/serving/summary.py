@@ -1,0 +1,80 @@
+"""What `idlm serve` says: the choices it made, the address, a request to paste."""
+
+import json
+import shlex
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from idlm_sglang.serving.options import Launch
+
+DEMO_QUESTION = "What is 17 + 25?"
+
+
+def versions() -> str:
+    """One line: this package, SGLang, torch and Python."""
+    import platform
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return f"idlm-sglang {of('idlm-sglang')} (SGLang {of('sglang')}, torch {of('torch')}, Python {platform.python_version()})"
+
+
+def base_url(launch: Launch, resolved: dict[str, Any]) -> str:
+    """Where a client on this machine reaches the server, without a path."""
+    return f"{'https' if resolved['tls'] else 'http'}://{launch.address}"
+
+
+def curl(launch: Launch, resolved: dict[str, Any]) -> str:
+    """A chat request as one line of shell. An API key is taken from the variable API_KEY, never printed."""
+    body = {
+        "model": resolved["served_as"],
+        "messages": [{"role": "user", "content": DEMO_QUESTION}],
+        "max_tokens": 64,
+    }
+    words = ["curl", "-s", *(["-k"] if resolved["tls"] else []), f"{base_url(launch, resolved)}/v1/chat/completions"]
+    words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    line = " ".join(shlex.quote(word) for word in words)
+    return f'{line} -H "Authorization: Bearer $API_KEY"' if resolved["key"] else line
+
+
+def text(launch: Launch, resolved: dict[str, Any]) -> str:
+    """The lines printed once everything is resolved and the model begins to load."""
+    url = base_url(launch, resolved)
+    rows = [
+        ("model", f"{launch.model}: {resolved['architecture']}, {resolved['dtype']}, as \"{resolved['served_as']}\""),
+        ("decoding", _decoding(resolved)),
+        ("MASK", _mask(resolved)),
+        ("concurrency", f"{resolved['concurrency']} requests" if resolved["concurrency"] else "as much as memory allows"),
+        ("device", _device(resolved)),
+        ("metrics", f"{url}/metrics" if resolved["metrics"] else "off (--no-metrics)"),
+        ("log", "below" if launch.log_file is None else str(launch.log_file)),
+        ("url", f"{url}/v1"),
+        ("try", curl(launch, resolved)),
+    ]
+    return "\n".join(f"  {name:<12} {value}" for name, value in rows)
+
+
+def _decoding(resolved: dict[str, Any]) -> str:
+    stride = resolved["stride"]
+    if stride is None:
+        return f"{resolved['algorithm']}" if resolved["algorithm"] else "autoregressive, one token per forward (--ar)"
+    if resolved["max_stride"] == 1:
+        return "stride 1: one token per forward"
+    more = f", requests may ask for up to {resolved['max_stride']}" if resolved["max_stride"] > stride else ""
+    return f"stride {stride}: up to {stride} tokens per forward of {2 * stride - 1} rows{more}; sampling rule {resolved['rule']}"
+
+
+def _mask(resolved: dict[str, Any]) -> str:
+    if resolved["mask"] is None:
+        return "none"
+    token, source = resolved["mask"]
+    return f"token {token}, from the {source}"
+
+
+def _device(resolved: dict[str, Any]) -> str:
+    ranks = [f"{name} {resolved[key]}" for name, key in (("TP", "tp"), ("DP", "dp")) if resolved[key] > 1]
+    return ", ".join([resolved["device"], f"{resolved['attention']} attention", *ranks, f"platform {resolved['platform']}"])

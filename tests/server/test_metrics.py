@@ -1,0 +1,63 @@
+"""The idlm:* series say what happened, and the shipped checkpoint decodes several tokens per forward."""
+
+import pytest
+
+from tests.server.harness import held_out_prompts, ids, prompts
+
+
+def change(server, calls, clients=8):
+    before = server.metrics()
+    answers = server.many(calls, clients)
+    after = server.metrics()
+    return answers, {k: after[k] - before.get(k, 0.0) for k in after}
+
+
+def total(delta, prefix):
+    return sum(v for k, v in delta.items() if k.startswith(prefix))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_counts_agree_with_the_answers(isd, stride):
+    """Behind stops inside a run, limits, and the overlap schedule's extra step."""
+    texts = prompts(40, seed=91)
+    calls = [{"prompt": p, "stride": stride, "temperature": 0, "max_new_tokens": 1 + i} for i, p in enumerate(texts)]
+    calls += [{"prompt": p, "stride": stride, "temperature": 0, "max_new_tokens": 40, "stop": ["e"]} for p in texts]
+    answers, delta = change(isd, calls)
+    # The first token of an answer comes from the prefill. A stop string can end an answer inside a token run.
+    decoded = sum(len(ids(a)) - 1 for a in answers)
+    assert delta["idlm:tokens_committed_total"] == decoded
+    rounds = {kind: delta[f'idlm:rounds_total{{kind="{kind}"}}'] for kind in ("verify", "cold", "single")}
+    assert sum(rounds.values()) == sum(a["meta_info"]["spec_verify_ct"] for a in answers)
+    if stride == 1:
+        assert rounds["verify"] == rounds["cold"] == 0
+        assert decoded == rounds["single"]
+    else:
+        assert rounds["single"] == 0 and rounds["cold"] >= sum(len(ids(a)) > 1 for a in answers)
+        assert delta['idlm:drafts_proposed_total{position="1"}'] == rounds["verify"]
+        for j in range(1, stride):
+            proposed, accepted = (delta[f'idlm:drafts_{w}_total{{position="{j}"}}'] for w in ("proposed", "accepted"))
+            assert accepted <= proposed == rounds["verify"]
+        assert delta.get(f'idlm:drafts_proposed_total{{position="{stride}"}}', 0) == 0
+        mean = delta["idlm:introspective_acceptance_sum_total"] / delta["idlm:introspective_acceptance_count_total"]
+        assert 0 < mean <= 1
+    assert delta['idlm:requests_total{mode="strided",reason="stride"}'] == len(calls)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+def test_tokens_per_forward_on_prompts_kept_out_of_training(isd, stride, temperature):
+    calls = [{"prompt": p, "stride": stride, "temperature": temperature, "max_new_tokens": 160} for p in held_out_prompts(60)]
+    answers, delta = change(isd, calls)
+    rounds = total(delta, "idlm:rounds_total")
+    from_metrics = delta["idlm:tokens_committed_total"] / rounds
+    from_answers = sum(len(ids(a)) - 1 for a in answers) / sum(a["meta_info"]["spec_verify_ct"] for a in answers)
+    print(f"N = {stride}, T = {temperature}: {from_metrics:.2f} tokens per forward (from /metrics {from_metrics:.3f}, from answers {from_answers:.3f})")
+    assert from_metrics == pytest.approx(from_answers)
+    if stride == 4 and temperature == 0:
+        assert from_metrics >= 3.0
+
+
+def test_server_info_reports_the_counters(isd):
+    state = isd.info()["internal_states"][0]["idlm"]
+    assert state["stride"] == 4 and state["max_stride"] == 16
+    assert state["tokens_committed"] == isd.metrics()["idlm:tokens_committed_total"]

@@ -1,0 +1,85 @@
+"""The real ``openai`` client against the server that ``idlm serve`` starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import requests
+from openai import BadRequestError, OpenAI
+
+from tests.server.harness import START_SECONDS, free_port
+
+
+@pytest.fixture(scope="module")
+def served(logs):
+    port = free_port()
+    log = (logs / "idlm_serve.log").open("wb")
+    command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), "--sleep-on-idle"]
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if requests.get(url + "/health_generate", timeout=10).ok:
+                    break
+            except requests.RequestException:
+                time.sleep(0.5)
+        else:
+            raise RuntimeError((logs / "idlm_serve.log").read_text(errors="replace")[-3000:])
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return OpenAI(base_url=served + "/v1", api_key="none")
+
+
+@pytest.fixture(scope="module")
+def model(client):
+    return client.models.list().data[0].id
+
+
+def test_chat_with_usage(client, model):
+    answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "What is I-DLM?"}], temperature=0, max_tokens=120)
+    text = answer.choices[0].message.content
+    print(text)
+    assert "language model" in text and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens > 5 and answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_streaming_gives_the_same_text_and_usage(client, model):
+    ask = {"model": model, "messages": [{"role": "user", "content": "What is I-DLM?"}], "temperature": 0, "max_tokens": 120}
+    whole = client.chat.completions.create(**ask)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert len([c for c in chunks if c.choices]) < whole.usage.completion_tokens, "several tokens per chunk were expected"
+
+
+def test_completion(client, model):
+    answer = client.completions.create(model=model, prompt="river stone", max_tokens=8, temperature=0)
+    assert answer.choices[0].text and answer.usage.completion_tokens <= 8
+
+
+def test_a_seed_is_honoured_without_a_server_flag(client, model):
+    ask = {"model": model, "messages": [{"role": "user", "content": "Tell me a story."}], "temperature": 1.0, "max_tokens": 60}
+    texts = [client.chat.completions.create(**ask, seed=s).choices[0].message.content for s in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+    oversize = [client.chat.completions.create(**ask, seed=2**70 + 1).choices[0].message.content for _ in range(2)]
+    assert oversize[0] == oversize[1]
+
+
+def test_an_impossible_stride_is_a_bad_request_in_openai_shape(client, model):
+    with pytest.raises(BadRequestError) as refused:
+        client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=4, extra_body={"custom_params": {"idlm_stride": 99}}
+        )
+    assert "idlm_stride" in str(refused.value)
