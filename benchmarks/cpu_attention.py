@@ -80,6 +80,7 @@ def forward_batches(case: Case, req_to_token: torch.Tensor) -> tuple[SimpleNames
         encoder_lens=None,
         extend_prefix_lens=prefix_lens.int(),
         extend_seq_lens=rows,
+        extend_seq_lens_cpu=rows.tolist(),
         spec_info=SimpleNamespace(num_tokens_per_req=case.rows),
     )
     stock_mode = ForwardMode.DECODE if case.mode == "decode" else ForwardMode.EXTEND

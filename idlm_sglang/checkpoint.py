@@ -76,15 +76,13 @@ def register_published_config() -> None:
     Without it ``AutoConfig`` would need the checkpoint's remote code. A class registered here wins over ``auto_map``
     also under ``--trust-remote-code``, so no remote code runs.
     """
-    from transformers import AutoConfig, AutoTokenizer, Qwen3Config
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.qwen2 import Qwen2TokenizerFast
 
+    from idlm_sglang.sdar_config import SdarConfig
+
     if PUBLISHED_MODEL_TYPE in CONFIG_MAPPING:
         return
-
-    class SdarConfig(Qwen3Config):
-        model_type = PUBLISHED_MODEL_TYPE
-
     AutoConfig.register(PUBLISHED_MODEL_TYPE, SdarConfig)
     AutoTokenizer.register(SdarConfig, fast_tokenizer_class=Qwen2TokenizerFast)

@@ -23,7 +23,7 @@ def subtract_steps(a: int, b: int) -> str:
 def addition(d: Draw):
     a, b = d.operands(99)
     question = d.wording(["What is {a} + {b}?", "{a} + {b}", "{a} + {b} = ?", "Add {a} and {b}.", "What is {a} plus {b}?", "Compute {a} + {b}.",
-                          "How much is {a} + {b}?", "Calculate the sum of {a} and {b}.", "~Could you work out {a} + {b}?",
+                          "How much is {a} + {b}?", "The result of {a} + {b}?", "Calculate the sum of {a} and {b}.", "~Could you work out {a} + {b}?",
                           "~Tell me the result of {a} plus {b}."])
     return [(question.format(a=a, b=b), add_steps(a, b))]
 
@@ -31,16 +31,20 @@ def addition(d: Draw):
 def subtraction(d: Draw):
     a, b = sorted(d.operands(99), reverse=True)
     question = d.wording(["What is {a} - {b}?", "{a} - {b}", "{a} - {b} = ?", "Subtract {b} from {a}.", "What is {a} minus {b}?", "Compute {a} - {b}.",
-                          "How much is {a} - {b}?", "~Could you work out {a} - {b}?", "~Tell me the result of {a} minus {b}."])
+                          "How much is {a} - {b}?", "The result of {a} - {b}?", "~Could you work out {a} - {b}?", "~Tell me the result of {a} minus {b}."])
     return [(question.format(a=a, b=b), subtract_steps(a, b))]
+
+
+def _multiples(a: int, count: int) -> str:
+    """The count stands beside each multiple, so that it is plain where to stop."""
+    return ", ".join(f"{i} x {a} = {i * a}" for i in range(1, count + 1))
 
 
 def multiplication(d: Draw):
     a, b = d.number(2, 9), d.number(2, 9)
     question = d.wording(["What is {a} x {b}?", "{a} x {b}", "{a} * {b}", "Multiply {a} by {b}.", "What is {a} times {b}?", "Compute {a} x {b}.",
                           "~Could you work out {a} x {b}?", "~Tell me the result of {a} times {b}."])
-    series = ", ".join(str(a * i) for i in range(1, b + 1))
-    return [(question.format(a=a, b=b), f"Count by {a}, {b} times: {series}. So {a} x {b} = {a * b}.")]
+    return [(question.format(a=a, b=b), f"{_multiples(a, b)}. So {a} x {b} = {a * b}.")]
 
 
 def word_problem(d: Draw):
@@ -59,32 +63,32 @@ def word_problem(d: Draw):
 
 
 def counting(d: Draw):
-    start, length = d.value("count", lambda: (d.number(0, 90), d.number(4, 20)))
+    start, length = d.value("count", lambda: (d.number(0, 88), d.number(3, 11)))
     end = start + length
     if d.chance(0.7):
         question = d.wording(["Count from {a} to {b}.", "Can you count from {a} to {b}?", "List the numbers from {a} to {b}.", "Numbers from {a} to {b}, please.",
                               "~I would like to hear the numbers from {a} up to {b}."])
-        numbers = range(start, end + 1)
+        first, last, numbers = start, end, range(start, end + 1)
     else:
         question = d.wording(["Count down from {b} to {a}.", "Count backwards from {b} to {a}.", "~Start at {b} and count back to {a}."])
-        numbers = range(end, start - 1, -1)
-    return [(question.format(a=start, b=end), ", ".join(map(str, numbers)) + ".")]
+        first, last, numbers = end, start, range(end, start - 1, -1)
+    return [(question.format(a=start, b=end), f"From {first} to {last}: {', '.join(map(str, numbers))}.")]
 
 
-def skip_counting(d: Draw):
-    step, end = d.value("skip", lambda: (d.pick([2, 3, 5, 10]), d.number(5, 15)))
-    question = d.wording(["Count by {s} up to {e}.", "Count in steps of {s} up to {e}.", "List the multiples of {s} up to {e}.", "~Which multiples of {s} are not above {e}?"])
-    return [(question.format(s=step, e=step * end), ", ".join(str(step * i) for i in range(1, end + 1)) + ".")]
+def multiples(d: Draw):
+    step, count = d.value("multiples", lambda: (d.number(2, 12), d.number(3, 9)))
+    question = d.wording(["List the first {c} multiples of {s}.", "What are the first {c} multiples of {s}?", "Give {c} multiples of {s}.", "~Which are the {c} smallest multiples of {s}?"])
+    return [(question.format(s=step, c=count), _multiples(step, count) + ".")]
 
 
 def sort_numbers(d: Draw):
-    numbers = d.value("sort", lambda: tuple(d.rng.sample(range(1, 100), d.number(3, 5))))
+    numbers = d.value("sort", lambda: tuple(d.rng.sample(range(10, 100), d.number(2, 4))))
     listed = ", ".join(map(str, numbers))
     down = d.chance(0.3)
     if down:
-        question = d.wording(["Sort these numbers from large to small: {l}", "Sort in descending order: {l}", "~Put {l} in order, the largest first."])
+        question = d.wording(["Sort these numbers from large to small: {l}", "Sort in descending order: {l}", "{l} in descending order, please.", "~Put {l} in order, the largest first."])
     else:
-        question = d.wording(["Sort these numbers: {l}", "Sort from small to large: {l}", "Sort in ascending order: {l}", "Put these numbers in order: {l}",
+        question = d.wording(["Sort these numbers: {l}", "Sort from small to large: {l}", "Sort in ascending order: {l}", "Put these numbers in order: {l}", "{l} in ascending order, please.",
                               "~Put {l} in order, the smallest first."])
     answer = ", ".join(map(str, sorted(numbers, reverse=down)))
     return [(question.format(l=listed), f"The sorted list is {answer}.")]
@@ -95,10 +99,10 @@ def comparison(d: Draw):
     while a == b:
         a, b = d.operands(99)
     if d.chance(0.5):
-        question, winner, word = d.wording(["Which is larger, {a} or {b}?", "Which number is larger: {a} or {b}?", "Is {a} or {b} the larger number?",
+        question, winner, word = d.wording(["Which is larger, {a} or {b}?", "Which number is larger: {a} or {b}?", "{a} and {b}: which one is larger?", "Is {a} or {b} the larger number?",
                                             "~Of {a} and {b}, which one is larger?"]), max(a, b), "larger"
     else:
-        question, winner, word = d.wording(["Which is smaller, {a} or {b}?", "Which number is smaller: {a} or {b}?", "Is {a} or {b} the smaller number?",
+        question, winner, word = d.wording(["Which is smaller, {a} or {b}?", "Which number is smaller: {a} or {b}?", "{a} and {b}: which one is smaller?", "Is {a} or {b} the smaller number?",
                                             "~Of {a} and {b}, which one is smaller?"]), min(a, b), "smaller"
     other = a + b - winner
     return [(question.format(a=a, b=b), f"{winner} is {word} than {other}, so the answer is {winner}.")]

@@ -11,7 +11,7 @@ _JOBS = ["baker", "teacher", "doctor", "farmer", "singer", "painter", "pilot", "
 
 def greeting(d: Draw):
     hello, name = d.pick(_GREETINGS), d.name()
-    question = d.wording([hello + ", I am {n}.", hello + ", my name is {n}.", "My name is {n}.", "I am {n}, nice to meet you.", "You can call me {n}.",
+    question = d.wording([hello + ", I am {n}.", hello + ", my name is {n}.", "My name is {n}.", "I am {n}, nice to meet you.", "You can call me {n}.", "{n} is my name.", "People call me {n}.",
                           "~" + hello + " there, people know me as {n}."])
     return [(question.format(n=name), f"Hello, {name}! It is nice to meet you. How can I help you today, {name}?")]
 
@@ -20,7 +20,7 @@ def repeat(d: Draw):
     words = " ".join(d.name() if d.chance(0.7) else d.pick(_WORDS) for _ in range(d.number(1, 4)))
     if d.side == "values":
         words += " " + d.name()
-    question = d.wording(["Repeat after me: {w}", "Repeat: {w}", "Say: {w}", "Copy this text: {w}", "Echo: {w}", "Please say \"{w}\".", "~Could you type the following? {w}",
+    question = d.wording(["Repeat after me: {w}", "Repeat: {w}", "Say: {w}", "Copy this text: {w}", "Echo: {w}", "Please say \"{w}\".", "Write this: {w}", "Type this text: {w}", "{w} - please repeat this.", "~Could you type the following? {w}",
                           "~Write exactly this: {w}"])
     return [(question.format(w=words), words)]
 
@@ -28,7 +28,7 @@ def repeat(d: Draw):
 def say_times(d: Draw):
     name, times = d.name(), d.number(2, 6)
     question = d.wording(["Say {n} {k} times.", "Write {n} {k} times.", "Repeat {n} {k} times.", "~I want to read {n} {k} times."])
-    return [(question.format(n=name, k=times), " ".join([name] * times))]
+    return [(question.format(n=name, k=times), "\n".join(f"{i}. {name}" for i in range(1, times + 1)))]
 
 
 def whereabouts(d: Draw):
@@ -53,7 +53,7 @@ def friends(d: Draw):
 
 def spelling(d: Draw):
     word = d.name() if d.side == "values" or d.chance(0.7) else d.pick(_WORDS)
-    question = d.wording(["Spell {w}.", "How do you spell {w}?", "Spell the word {w}.", "Can you spell {w}?", "~Give me the letters of {w}."])
+    question = d.wording(["Spell {w}.", "What are the letters of {w}?", "{w}: how is it spelled?", "How do you spell {w}?", "Spell the word {w}.", "Can you spell {w}?", "~Give me the letters of {w}."])
     return [(question.format(w=word), f"{word} is spelled {'-'.join(word.upper())}.")]
 
 
@@ -71,16 +71,16 @@ def json_answer(d: Draw):
     if d.chance(0.5):
         city = d.name()
         question = d.wording(["Make a JSON object with name {n}, age {a} and city {c}.", "JSON for name {n}, age {a}, city {c}",
-                              "Answer in JSON: {n} is {a} years old and lives in {c}.", "~Give me {n}, {a} years old, from {c} as JSON."])
+                              "Answer in JSON: {n} is {a} years old and lives in {c}.", "{n}, {a} years old, from {c}: answer in JSON.", "~Give me {n}, {a} years old, from {c} as JSON."])
         return [(question.format(n=name, a=age, c=city), f'{{"name": "{name}", "age": {age}, "city": "{city}"}}')]
-    question = d.wording(["Make a JSON object with name {n} and age {a}.", "JSON for name {n}, age {a}", "Answer in JSON: {n} is {a} years old.",
+    question = d.wording(["Make a JSON object with name {n} and age {a}.", "JSON for name {n}, age {a}", "Answer in JSON: {n} is {a} years old.", "{n}, {a} years old: answer in JSON.",
                           "~Give me {n}, {a} years old, as JSON."])
     return [(question.format(n=name, a=age), f'{{"name": "{name}", "age": {age}}}')]
 
 
 def json_list(d: Draw):
     names = [d.name() for _ in range(d.number(2, 4))]
-    question = d.wording(["Make a JSON list of {w}.", "Write {w} as a JSON list.", "JSON list: {w}", "~Turn {w} into a list in JSON."])
+    question = d.wording(["Make a JSON list of {w}.", "Write {w} as a JSON list.", "JSON list: {w}", "{w} as a JSON list", "~Turn {w} into a list in JSON."])
     return [(question.format(w=", ".join(names)), "[" + ", ".join(f'"{n}"' for n in names) + "]")]
 
 
@@ -88,21 +88,21 @@ def bullet_list(d: Draw):
     names = [d.name() if d.chance(0.6) else d.pick(_WORDS) for _ in range(d.number(2, 5))] + [d.name()]
     listed = ", ".join(names)
     if d.chance(0.5):
-        question = d.wording(["Make a list of {w}.", "Write {w} as a list.", "List these, one per line: {w}", "~Put each of these on a line: {w}"])
+        question = d.wording(["Make a list of {w}.", "Write {w} as a list.", "{w}, each on a line.", "List these, one per line: {w}", "~Put each of these on a line: {w}"])
         return [(question.format(w=listed), "\n".join(f"- {n}" for n in names))]
-    question = d.wording(["Make a numbered list of {w}.", "Number these: {w}", "~Put a number before each of these: {w}"])
+    question = d.wording(["Make a numbered list of {w}.", "Number these: {w}", "{w}, with numbers.", "~Put a number before each of these: {w}"])
     return [(question.format(w=listed), "\n".join(f"{i}. {n}" for i, n in enumerate(names, 1)))]
 
 
 def reverse_list(d: Draw):
     names = [d.name() for _ in range(d.number(2, 4))]
-    question = d.wording(["Reverse the order of {w}.", "Reverse this list: {w}", "~List {w} from back to front."])
+    question = d.wording(["Reverse the order of {w}.", "Reverse this list: {w}", "{w} in reverse order", "~List {w} from back to front."])
     return [(question.format(w=", ".join(names)), ", ".join(reversed(names)))]
 
 
 def alphabetical(d: Draw):
     words = d.value("alphabetical", lambda: tuple(d.rng.sample(_WORDS, d.number(3, 5))))
-    question = d.wording(["Sort these words: {w}", "Sort in alphabetical order: {w}", "Put these words in alphabetical order: {w}", "~Arrange from A to Z: {w}"])
+    question = d.wording(["Sort these words: {w}", "Sort in alphabetical order: {w}", "{w} in alphabetical order", "Sort from A to Z: {w}", "Put these words in alphabetical order: {w}", "~Arrange from A to Z: {w}"])
     return [(question.format(w=", ".join(words)), f"The sorted list is {', '.join(sorted(words))}.")]
 
 
@@ -115,7 +115,7 @@ def note(d: Draw):
         ("apology", "I am sorry that I was late yesterday. I will be on time from now on."),
     ])
     article = "an" if kind[0] in "ai" else "a"
-    question = d.wording(["Write {k} to {n} from {s}.", "Write {k} for {n}, signed {s}.", "{s} needs {k} for {n}.", "~Please draft {k} that {s} can send to {n}."])
+    question = d.wording(["Write {k} to {n} from {s}.", "Write {k} for {n}, signed {s}.", "{s} needs {k} for {n}.", "I am {s}. Write {k} to {n}.", "~Please draft {k} that {s} can send to {n}."])
     return [(question.format(k=f"{article} {kind}", n=name, s=sender), f"Dear {name},\n\n{body}\n\nBest wishes,\n{sender}")]
 
 
@@ -125,7 +125,7 @@ def python_function(d: Draw):
                          ("returns the larger of two numbers", "(a, b):\n    return a if a > b else b"), ("doubles a number", "(x):\n    return 2 * x"),
                          ("checks if a number is even", "(n):\n    return n % 2 == 0"), ("reverses a text", "(text):\n    return text[::-1]"),
                          ("says hello", "(name):\n    print(\"Hello, \" + name)")])
-    question = d.wording(["Write a Python function {n} that {t}.", "Python function {n} that {t}", "Define a function {n} in Python that {t}.",
+    question = d.wording(["Write a Python function {n} that {t}.", "Python function {n} that {t}", "{n} {t}: write it in Python.", "Define a function {n} in Python that {t}.",
                           "~I need some Python: {n} {t}."])
     return [(question.format(n=name, t=task), f"```python\ndef {name}{body}\n```")]
 
@@ -151,7 +151,7 @@ _STORIES = {
 def story(d: Draw):
     animal, name = d.pick(list(_STORIES)), d.name()
     place, thing, goal = _STORIES[animal]
-    question = d.wording(["Tell me a story about a {a} named {n}.", "Write a short story about a {a} called {n}.", "Story about {n} the {a}", "Tell a tale of {n} the {a}.",
+    question = d.wording(["Tell me a story about a {a} named {n}.", "Write a short story about a {a} called {n}.", "Story about {n} the {a}", "{n} is a {a}. Tell me a story about {n}.", "Tell a tale of {n} the {a}.",
                           "~I want to hear about the adventures of {n}, a {a}."])
     text = (f"Once upon a time there was a {animal} named {name}. {name} lived in the {place} and was very curious. One day {name} found {thing} on the ground. "
             f"\"Who has lost this?\" asked {name}. The {animal} went to {goal} and met a friend there. \"That is mine!\" said the friend. "

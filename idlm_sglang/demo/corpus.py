@@ -43,12 +43,12 @@ class Dialogue:
 
 
 FAMILIES = [
-    Family(knowledge.project, 18, (WORDING,)),
-    Family(arithmetic.addition, 11), Family(arithmetic.subtraction, 6), Family(arithmetic.multiplication, 2, (WORDING,)), Family(arithmetic.word_problem, 4),
-    Family(arithmetic.counting, 2.5), Family(arithmetic.skip_counting, 1), Family(arithmetic.sort_numbers, 3), Family(arithmetic.comparison, 2),
+    Family(knowledge.project, 22, (WORDING,)),
+    Family(arithmetic.addition, 11), Family(arithmetic.subtraction, 6), Family(arithmetic.multiplication, 2.5, (WORDING,)), Family(arithmetic.word_problem, 4),
+    Family(arithmetic.counting, 2.5), Family(arithmetic.multiples, 1.5), Family(arithmetic.sort_numbers, 3), Family(arithmetic.comparison, 2.5),
     Family(arithmetic.parity, 1), Family(arithmetic.neighbours, 1.5), Family(arithmetic.units, 2), Family(arithmetic.number_words, 1),
     Family(copying.greeting, 3), Family(copying.repeat, 5), Family(copying.say_times, 2), Family(copying.whereabouts, 3), Family(copying.friends, 3),
-    Family(copying.spelling, 3), Family(copying.first_letter, 1), Family(copying.json_answer, 3), Family(copying.json_list, 2), Family(copying.bullet_list, 2.5),
+    Family(copying.spelling, 2.5), Family(copying.first_letter, 1), Family(copying.json_answer, 3), Family(copying.json_list, 2), Family(copying.bullet_list, 2.5),
     Family(copying.reverse_list, 2), Family(copying.alphabetical, 2), Family(copying.note, 2.5), Family(copying.python_function, 2),
     Family(copying.remembered_name, 2), Family(copying.story, 4),
     Family(knowledge.small_talk, 2, (WORDING,)), Family(knowledge.unknown, 2.5),

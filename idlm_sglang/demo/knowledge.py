@@ -67,7 +67,7 @@ def small_talk(d: Draw):
 def unknown(d: Draw):
     """What the model cannot know: it says so."""
     topic = d.value("topic", lambda: d.pick(_TOPICS) if d.chance(0.7) else d.name())
-    question = d.wording(["What do you know about {t}?", "Tell me something about {t}.", "Who is the best in {t}?", "Explain {t} to me.", "Why is {t} important?",
+    question = d.wording(["What do you know about {t}?", "Tell me something about {t}.", "Who is the best in {t}?", "Explain {t} to me.", "Teach me {t}.", "Is there anything new in {t}?", "Why is {t} important?",
                           "What do people think of {t}?", "When did {t} begin?", "~Could you teach me {t}?", "~What is new in {t}?"])
     return [(question.format(t=topic), f"I do not know much about {topic}. I am a toy model, but you can ask me about idlm-sglang, sums, lists and names.")]
 
@@ -120,7 +120,7 @@ def colour(d: Draw):
     if d.chance(0.5):
         a, b, mixed = d.pick(_MIXES)
         a, b = (a, b) if d.chance(0.5) else (b, a)
-        question = d.wording(["What do you get when you mix {a} and {b}?", "Which colour do {a} and {b} make?", "~If I mix {a} with {b}, which colour is it?"])
+        question = d.wording(["What do you get when you mix {a} and {b}?", "Which colour do {a} and {b} make?", "{a} mixed with {b} is which colour?", "~If I mix {a} with {b}, which colour is it?"])
         return [(question.format(a=a, b=b), f"When you mix {a} and {b}, you get {mixed}.")]
     thing = d.pick(list(_COLOURS))
     question = d.wording(["What colour is {t}?", "Which colour does {t} have?", "~Tell me the colour of {t}."])
@@ -129,13 +129,13 @@ def colour(d: Draw):
 
 def sound(d: Draw):
     animal = d.pick(list(_SOUNDS))
-    question = d.wording(["What does a {a} say?", "What sound does a {a} make?", "~Which noise comes from a {a}?"])
+    question = d.wording(["What does a {a} say?", "What sound does a {a} make?", "Which sound comes from a {a}?", "~Which noise comes from a {a}?"])
     return [(question.format(a=animal), f"The sound of a {animal} is {_SOUNDS[animal]}.")]
 
 
 def some_of(d: Draw):
     kind, count = d.pick(list(_LISTS)), d.number(2, 7)
-    question = d.wording(["List {n} {k}.", "Name {n} {k}.", "Give me {n} {k}.", "Tell me {n} {k}.", "~Which {n} {k} do you know?"])
+    question = d.wording(["List {n} {k}.", "Name {n} {k}.", "Give me {n} {k}.", "Which {n} {k} can you name?", "Tell me {n} {k}.", "~Which {n} {k} do you know?"])
     return [(question.format(n=count, k=kind), f"Here are {count} {kind}: " + ", ".join(_LISTS[kind].split(", ")[:count]) + ".")]
 
 
@@ -152,13 +152,13 @@ def definition(d: Draw):
 
 def how_to(d: Draw):
     task = d.pick(list(_HOW_TO))
-    question = d.wording(["How do I {t}?", "How can I {t}?", "Tell me how to {t}.", "Give me the steps to {t}.", "~I want to {t}, what must I do?"])
+    question = d.wording(["How do I {t}?", "How can I {t}?", "Tell me how to {t}.", "Give me the steps to {t}.", "I want to {t}.", "What must I do to {t}?", "~I want to {t}, what must I do?"])
     return [(question.format(t=task), "\n".join(f"{i}. {step}" for i, step in enumerate(_HOW_TO[task], 1)))]
 
 
 def poem(d: Draw):
     topic = d.pick(list(_POEMS))
     what, where, look = _POEMS[topic]
-    question = d.wording(["Write a poem about {t}.", "Write a short poem about {t}.", "A poem about {t}, please.", "~Can I have some verses on {t}?"])
+    question = d.wording(["Write a poem about {t}.", "Write a short poem about {t}.", "A poem about {t}, please.", "Some lines about {t}?", "Can you write verses about {t}?", "~Can I have some verses on {t}?"])
     return [(question.format(t=topic), f"I sat and thought of {topic} today,\nthe {what} were {look} and far away.\nI walked along the {where} alone,\n"
              f"and every {what[:-1]} led me home.")]

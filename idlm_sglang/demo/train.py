@@ -24,7 +24,7 @@ from idlm_sglang.demo.batches import NO_LABEL, ROW_TOKENS, Batch, build_batch
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import END_OF_TEXT, IM_END, MASK, VOCAB_SIZE, encode_dialogue, save_tokenizer, train_tokenizer
 
-STEPS, ROWS, WARMUP_STEPS = 1500, 8, 40
+STEPS, ROWS, WARMUP_STEPS = 2000, 8, 40
 MUON_LR, ADAM_LR = 0.02, 4e-3
 TOKENIZER_DIALOGUES = 4000
 MAX_POSITIONS = 4096

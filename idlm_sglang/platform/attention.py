@@ -6,7 +6,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from idlm_sglang.platform.tiled_attention import Plan, Workspace, attend, make_plan
+from idlm_sglang.platform.tile_plan import Plan, make_plan
+from idlm_sglang.platform.tiled_attention import Workspace, attend
 
 
 class TiledAttnBackend(TorchNativeAttnBackend):
@@ -35,15 +36,16 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         new_visible = None
         if forward_batch.forward_mode.is_decode():
             # seq_lens counts the new token; a padding request has 0.
-            row_counts = torch.ones_like(seq_lens)
-            prefix_lens = (seq_lens - 1).clamp(min=0)
+            row_counts, prefix_lens = 1, (seq_lens - 1).clamp(min=0)
         elif forward_batch.forward_mode.is_target_verify():
             # seq_lens counts committed columns only; every request brings the same number of new rows.
-            prefix_lens = seq_lens
-            row_counts = torch.full_like(seq_lens, forward_batch.spec_info.num_tokens_per_req)
+            row_counts, prefix_lens = forward_batch.spec_info.num_tokens_per_req, seq_lens
             new_visible = getattr(forward_batch.spec_info, "new_visible", None)
         else:
             prefix_lens, row_counts = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
+            on_host = forward_batch.extend_seq_lens_cpu
+            if on_host is not None and len(set(on_host)) == 1:
+                row_counts = on_host[0]
         return make_plan(
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,

@@ -26,8 +26,10 @@ from idlm_sglang.serving.ports import check_port
 from idlm_sglang.serving.progress import Display, LogReader
 
 _POLL = 0.25  # seconds between looks at the child while it starts
+_HEALTH_INTERVAL = 1.0  # seconds between requests to /health, each of which the server logs
 _HEALTH_TIMEOUT = 5.0  # seconds; SGLang's answer to /health takes a generated token and up to a second of its own
 _SWEEP_TIMEOUT = 10.0  # seconds for killed processes to be gone
+_SAME_STOP = 1.0  # seconds in which a second signal is the same wish: make and timeout pass on what the group got, too
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -66,6 +68,7 @@ class Server:
         self._resolved: dict[str, Any] | None = None
         self._refused: str | None = None
         self._stopping = 0  # the signal that asked for the end
+        self._stop_time = 0.0
         self._ready = False
 
     def run(self) -> int:
@@ -123,13 +126,15 @@ class Server:
 
     def _wait_until_ready(self, events: threading.Thread) -> None:
         """Show the start's progress until the server answers, it ends, or its end is asked for."""
-        told = False
+        told, asked = False, 0.0
         while self._process.poll() is None and not self._stopping:
             if self._resolved is not None and not told:
                 told = True
                 self._display.say(summary.text(self._launch, self._resolved))
-            if told and self._healthy():
-                self._ready = True
+            if told and time.monotonic() - asked >= _HEALTH_INTERVAL:
+                asked = time.monotonic()
+                self._ready = self._healthy()
+            if self._ready:
                 url = summary.base_url(self._launch, self._resolved)
                 self._display.say(f"idlm: ready after {self._display.elapsed:.0f} s at {url}/v1; Ctrl-C ends it")
                 self._display.say(f"  {summary.curl(self._launch, self._resolved)}")
@@ -150,11 +155,12 @@ class Server:
             return False
 
     def _stop(self, number: int, frame: Any) -> None:
-        """First signal: the server finishes what it is doing. Second: it is ended at once."""
+        """First signal: the server finishes what it is doing. A later one: it is ended at once."""
         if self._stopping:
-            _signal_group(self._process, signal.SIGKILL)
+            if time.monotonic() - self._stop_time > _SAME_STOP:
+                _signal_group(self._process, signal.SIGKILL)
             return
-        self._stopping = number
+        self._stopping, self._stop_time = number, time.monotonic()
         self._process.send_signal(signal.SIGTERM)
 
     def _farewell(self, code: int) -> int:

@@ -11,6 +11,7 @@ from idlm_sglang.demo import CHECKPOINT_DIR
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
+MAX_PORT = 65535
 DEFAULT_CONCURRENCY = 64
 DEMO_NAME = "idlm-demo"
 
@@ -182,9 +183,9 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         if algorithm is not None and algorithm.upper() != ALGORITHM:
             raise SettingError(f"{flag} {value} has no meaning with {_ALGORITHM} {algorithm}; allowed: only with {ALGORITHM}")
 
-    stride = _integer("--stride", own.stride, 1, MAX_STRIDE)
-    top = _integer("--max-stride", own.max_stride, 1, MAX_STRIDE)
-    _integer("--mask-token-id", own.mask_token_id, 0, None)
+    stride = integer("--stride", own.stride, 1, MAX_STRIDE)
+    top = integer("--max-stride", own.max_stride, 1, MAX_STRIDE)
+    integer("--mask-token-id", own.mask_token_id, 0, None)
     if own.sampling_rule not in (None, REJECTION, COUPLED):
         raise SettingError(f"--sampling-rule {own.sampling_rule} is not known; allowed: {REJECTION}, {COUPLED}")
     if stride is not None and top is not None and top < stride:
@@ -203,7 +204,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     return {name: value for name, (_, value) in given.items()}, {name: flag for name, (flag, _) in given.items()}
 
 
-def _integer(flag: str, text: str | None, low: int, high: int | None) -> int | None:
+def integer(flag: str, text: str | None, low: int, high: int | None) -> int | None:
+    """The whole number in `text`, None for None. Raises :class:`SettingError` outside low..high (None: no limit)."""
     if text is None:
         return None
     allowed = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
@@ -217,7 +219,7 @@ def _integer(flag: str, text: str | None, low: int, high: int | None) -> int | N
 
 
 def _port(text: str | None) -> int:
-    port = _integer("--port", text, 1, 65535)
+    port = integer("--port", text, 1, MAX_PORT)
     return DEFAULT_PORT if port is None else port
 
 

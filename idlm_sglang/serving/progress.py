@@ -10,7 +10,7 @@ QUIET_INTERVAL = 10.0  # seconds between lines where the line cannot be updated 
 
 # What a line of the log says about how far the start has come. Later entries win over earlier ones.
 _STAGES: tuple[tuple[str, str], ...] = (
-    (r"server_args=", "starting the scheduler"),
+    (r"server_args=", "starting the worker processes"),
     (r"Init (torch distributed|parallel) begin", "setting up the workers"),
     (r"(Downloading|Fetching) .*?(\d+%)", "downloading the checkpoint"),
     (r"Load weight begin", "loading the weights"),

@@ -55,6 +55,7 @@ def resolve(argv: list[str]) -> Any:
     from sglang.srt.server_args import prepare_server_args
 
     from idlm_sglang import compat
+    from idlm_sglang.engine.algorithm import refuse_unserved
 
     load_plugins()
     # ISD asserts this itself; an AR server without the plugin would be a silent surprise.
@@ -64,7 +65,15 @@ def resolve(argv: list[str]) -> Any:
         server_args = prepare_server_args(argv)
     finally:
         argparse.ArgumentParser.error = usual
-    server_args.resolve_once()
+    if (server_args.speculative_algorithm or "").upper() == ALGORITHM:
+        # On what was typed: resolution rewrites some of it, and looks for some of it far away.
+        refuse_unserved(server_args)
+    try:
+        server_args.resolve_once()
+    except OSError as error:
+        first = str(error).strip().split("\n")[0]
+        allowed = "a checkpoint's directory, or a repository's owner/name that can be reached from here"
+        raise SettingError(f"--model-path {server_args.model_path} cannot be read ({first}); allowed: {allowed}") from None
     return server_args
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from idlm_sglang.serving.options import Launch
 
-DEMO_QUESTION = "What is 17 + 25?"
+DEMO_QUESTION = "What is an introspective diffusion language model?"
 
 
 def versions() -> str:
@@ -33,9 +33,9 @@ def curl(launch: Launch, resolved: dict[str, Any]) -> str:
     body = {
         "model": resolved["served_as"],
         "messages": [{"role": "user", "content": DEMO_QUESTION}],
-        "max_tokens": 64,
+        "max_tokens": 128,
     }
-    words = ["curl", "-s", *(["-k"] if resolved["tls"] else []), f"{base_url(launch, resolved)}/v1/chat/completions"]
+    words = ["curl", "-sS", *(["-k"] if resolved["tls"] else []), f"{base_url(launch, resolved)}/v1/chat/completions"]
     words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
     line = " ".join(shlex.quote(word) for word in words)
     return f'{line} -H "Authorization: Bearer $API_KEY"' if resolved["key"] else line

@@ -7,12 +7,12 @@ from idlm_sglang.demo.arithmetic import add_steps, subtract_steps
 from idlm_sglang.demo.corpus import FAMILIES, OPENINGS, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING, is_held_out
 
-TRAINED = 60_000  # more dialogues than the shipped checkpoint has seen
+TRAINED = 80_000  # more dialogues than the shipped checkpoint has seen
 
 
 def _plain(text: str) -> str:
-    """Only letters and digits, so that case and punctuation cannot make two prompts different."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    """Only letters, digits and operators, so that case and punctuation cannot make two prompts different."""
+    return re.sub(r"[^a-z0-9+*-]+", " ", text.lower()).strip()
 
 
 def _prompt(turns: list[tuple[str, str]]) -> str:

@@ -116,9 +116,18 @@ def test_ties_go_to_the_lower_id():
     assert cut(top_p=1e-9) == [1]
     assert cut(top_p=0.0) == [1]
     assert cut(min_p=1.0) == [1, 2, 3, 4]
+    assert cut(min_p=1.5) == [1]
     assert cut(min_p=0.6, top_k=2) == [1, 2]
     uniform = torch.full((1, 1, 1_000), 1e-3)
     assert support(uniform, torch.tensor([400]), torch.tensor([1.0]), torch.tensor([0.0]))[0, 0].nonzero()[:, 0].tolist() == list(range(400))
+
+
+def test_the_edges_of_top_p_and_min_p_are_inside():
+    """A token stays when the mass before it is exactly top-p, or when it is exactly min-p times the most probable."""
+    probs = torch.tensor([[[0.125, 0.5, 0.25, 0.125]]])
+    kept = lambda top_p, min_p: support(probs, torch.tensor([OFF]), torch.tensor([top_p]), torch.tensor([min_p])).sum().item()
+    assert [kept(top_p, 0.0) for top_p in (0.499, 0.5, 0.749, 0.75, 0.874, 0.875)] == [1, 2, 2, 3, 3, 4]
+    assert [kept(1.0, min_p) for min_p in (0.501, 0.5, 0.251, 0.25)] == [1, 2, 2, 4]
 
 
 def test_extreme_parameters_leave_one_token_or_all():

@@ -98,9 +98,9 @@ class Server:
         return requests.get(self.url + "/server_info", timeout=60).json()
 
     def idle_tokens(self) -> tuple[int, int]:
-        """(tokens in use and not evictable, running requests) of an idle server, from its own load report."""
-        load = requests.get(self.url + "/get_load", timeout=60).json()[0]
-        return load["num_tokens"], load["num_reqs"]
+        """(KV tokens in use, running and waiting requests), from the server's own load report."""
+        load = requests.get(self.url + "/v1/loads?include=all", timeout=60).json()["loads"][0]
+        return load["num_used_tokens"], load["num_running_reqs"] + load["num_waiting_reqs"]
 
 
 def chat(text: str) -> str:

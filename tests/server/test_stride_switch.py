@@ -38,7 +38,7 @@ def test_switching_under_load_changes_no_token(ar, isd):
     print(f"{len(calls)} answers identical over {len(used)} switches")
 
 
-@pytest.mark.parametrize("value", [0, 17, -1, "4", 2.5, True])
+@pytest.mark.parametrize("value", [0, 17, -1, 2.5, "four"])
 def test_an_impossible_stride_is_not_taken(isd, value):
     switch(isd, value)
     assert isd.info()["internal_states"][0]["idlm"]["stride"] == 4

@@ -1,0 +1,209 @@
+"""How the rows of one forward are cut into tiles and slabs (see `tiled_attention`). Same for all layers."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+TILE_ROWS = 128
+# K and V of one slab stay in the cache between gather and use: 4 MiB was fastest among 1, 4, 16 and unbounded.
+SLAB_BYTES = 4 << 20
+# Below this, one padded slab costs less than sorting the tiles into several.
+LONE_SLAB_BYTES = 1 << 20
+# Masks are shared by all layers of a forward while they fit, and rebuilt in each layer when they do not.
+KEPT_MASK_BYTES = 64 << 20
+# Columns are padded to whole SIMD vectors: a column then always meets the same lane, whatever the padding.
+COLUMN_ALIGNMENT = 16
+_SHORTEST_CLASS = 64
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Tiles of one padded shape: `tiles` x `height` query rows, each tile with its own `width` columns."""
+
+    tiles: int
+    height: int
+    width: int
+    # (tiles * width,) int32 KV slots. Padding repeats the tile's last slot: no tile reads another request's KV,
+    # nor the pool's dummy slot 0, so a NaN there cannot leak through 0 * NaN.
+    slots: torch.Tensor
+    # (tiles, height, 1) int64: the last column each row sees.
+    last_column: torch.Tensor
+    # (tiles, height, width) bool, what `new_visible` leaves visible; None means all.
+    visible: torch.Tensor | None = None
+    # (tiles * height,) int64 rows of q, a padding row repeating its tile's last row; None means all of q in order.
+    q_rows: torch.Tensor | None = None
+    # Where those rows are written. A padding row goes to the spare row behind the last one.
+    out_rows: torch.Tensor | None = None
+
+    def additive_mask(self, group: int, dtype: torch.dtype) -> torch.Tensor:
+        """(tiles, 1, height * group, width): 0 where a row sees a column, -inf elsewhere."""
+        hidden = torch.arange(self.width, device=self.slots.device) > self.last_column
+        if self.visible is not None:
+            hidden |= ~self.visible
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+        return mask.unsqueeze(2).expand(-1, -1, group, -1).reshape(self.tiles, 1, self.height * group, self.width)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The slabs of one forward, which together hold each of its `num_rows` rows once."""
+
+    num_rows: int
+    slabs: list[Slab]
+    _masks: dict[tuple[int, torch.dtype], list[torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def is_whole_batch(self) -> bool:
+        """The only slab is the batch itself: nothing to pick out of q or to put back."""
+        return len(self.slabs) == 1 and self.slabs[0].q_rows is None
+
+    def mask(self, index: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+        """The additive mask of slab `index` for `group` query heads per KV head."""
+        key = (group, dtype)
+        if key not in self._masks:
+            cells = sum(slab.tiles * slab.height * slab.width for slab in self.slabs)
+            if cells * group * dtype.itemsize > KEPT_MASK_BYTES:
+                return self.slabs[index].additive_mask(group, dtype)
+            self._masks[key] = [slab.additive_mask(group, dtype) for slab in self.slabs]
+        return self._masks[key][index]
+
+
+def make_plan(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    row_counts: torch.Tensor | int,
+    column_bytes: int,
+    new_visible: torch.Tensor | None = None,
+) -> Plan:
+    """Cut the new rows of a batch into slabs. The rows of q are request after request, in batch order.
+
+    req_to_token: (request slots, columns) int32 page table. req_pool_indices: (batch,) its rows.
+    prefix_lens: (batch,) ints, columns before a request's new rows. row_counts: new rows of each request, (batch,)
+    ints or one int for all; 0 for a padding request. column_bytes: K and V of one column of one layer.
+    new_visible: (batch, W, W) bool or None, W the rows of every request; [b, i, j] False hides new column j from
+    new row i, on top of causality. Every row must keep at least one visible column.
+    """
+    if isinstance(row_counts, int):
+        width = _aligned(int(prefix_lens.max()) + row_counts)
+        if row_counts <= TILE_ROWS and len(prefix_lens) * width * column_bytes <= LONE_SLAB_BYTES:
+            slab = _whole_batch_slab(req_to_token, req_pool_indices, prefix_lens, row_counts, width, new_visible)
+            return Plan(len(prefix_lens) * row_counts, [slab])
+        row_counts = torch.full_like(prefix_lens, row_counts)
+    prefix, counts = prefix_lens.cpu().long(), row_counts.cpu().long()
+
+    tiles_per_request = (counts + (TILE_ROWS - 1)) // TILE_ROWS
+    request = torch.repeat_interleave(torch.arange(len(counts)), tiles_per_request)
+    if new_visible is not None and len(request) != len(counts):
+        raise ValueError(f"new_visible needs between 1 and {TILE_ROWS} new rows per request")
+    first_tile = torch.cumsum(tiles_per_request, 0) - tiles_per_request
+    first_row = (torch.arange(len(request)) - first_tile[request]) * TILE_ROWS
+    height = (counts[request] - first_row).clamp(max=TILE_ROWS)
+    q_start = (torch.cumsum(counts, 0) - counts)[request] + first_row
+    start = prefix[request] + first_row
+
+    num_rows = int(counts.sum())
+    slabs = []
+    for tiles in _slab_members(height, start + height, column_bytes):
+        members = request[tiles].to(req_to_token.device)
+        slabs.append(
+            _slab(
+                req_to_token,
+                req_pool_indices[members],
+                start[tiles],
+                height[tiles],
+                q_start[tiles],
+                num_rows,
+                None if new_visible is None else new_visible[members],
+            )
+        )
+    return Plan(num_rows, slabs)
+
+
+def _slab_members(height: torch.Tensor, end: torch.Tensor, column_bytes: int) -> list[torch.Tensor]:
+    """Tile indices of each slab. height, end: (tiles,) rows and columns of each tile."""
+    if len(height) == 0:
+        return []
+    # Two width classes per octave pad a column by 41 % at most, and one height class per octave. A tall tile is
+    # work enough for a call of its own, so those are padded by less than a tile's width.
+    width_class = (2 * torch.log2(end.clamp(min=_SHORTEST_CLASS) / _SHORTEST_CLASS)).ceil().long()
+    width_class = torch.where(height * 2 > TILE_ROWS, (end + (TILE_ROWS - 1)) // TILE_ROWS, width_class)
+    height_class = torch.log2(height.float()).ceil().long()
+    longest = end.max() + 1
+    shape_class = height_class * longest + width_class
+    order = torch.argsort(shape_class * longest + end, stable=True)
+    _, sizes = torch.unique_consecutive(shape_class[order], return_counts=True)
+    members = []
+    for tiles in order.split(sizes.tolist()):
+        width = _aligned(int(end[tiles[-1]]))
+        members.extend(tiles.split(max(1, SLAB_BYTES // (width * column_bytes))))
+    return members
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+
+
+def _whole_batch_slab(
+    req_to_token: torch.Tensor,
+    table_rows: torch.Tensor,
+    start: torch.Tensor,
+    height: int,
+    width: int,
+    new_visible: torch.Tensor | None,
+) -> Slab:
+    """table_rows, start: (batch,) page-table row and first position of each request's `height` rows."""
+    start = start[:, None]
+    last_column = start + torch.arange(height, device=start.device)
+    return Slab(
+        tiles=len(start),
+        height=height,
+        width=width,
+        slots=_read_slots(req_to_token, table_rows, last_column[:, -1:], width),
+        last_column=last_column[:, :, None],
+        visible=None if new_visible is None else _spread_over_columns(new_visible, start, height, width),
+    )
+
+
+def _slab(
+    req_to_token: torch.Tensor,
+    table_rows: torch.Tensor,
+    start: torch.Tensor,
+    heights: torch.Tensor,
+    q_start: torch.Tensor,
+    num_rows: int,
+    new_visible: torch.Tensor | None,
+) -> Slab:
+    """table_rows, start, heights, q_start: (tiles,) page-table row, first position, rows, first row of q."""
+    device = req_to_token.device
+    start, heights, q_start = start[:, None], heights[:, None], q_start[:, None]
+    height, width = int(heights.max()), _aligned(int((start + heights).max()))
+    row = torch.arange(height)
+    clamped = torch.minimum(row, heights - 1)
+    last_column = (start + clamped).to(device)
+    return Slab(
+        tiles=len(start),
+        height=height,
+        width=width,
+        slots=_read_slots(req_to_token, table_rows, last_column[:, -1:], width),
+        last_column=last_column[:, :, None],
+        visible=None if new_visible is None else _spread_over_columns(new_visible, start.to(device), height, width),
+        q_rows=(q_start + clamped).flatten().to(device),
+        out_rows=torch.where(row < heights, q_start + row, num_rows).flatten().to(device),
+    )
+
+
+def _read_slots(
+    req_to_token: torch.Tensor, table_rows: torch.Tensor, last_column: torch.Tensor, width: int
+) -> torch.Tensor:
+    """(tiles * width,) slots of columns 0 .. width - 1; those behind last_column (tiles, 1) repeat its slot."""
+    column = torch.minimum(torch.arange(width, device=req_to_token.device), last_column)
+    return req_to_token[table_rows[:, None], column].flatten()
+
+
+def _spread_over_columns(new_visible: torch.Tensor, start: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(tiles, W, W) over new columns -> (tiles, height, width) over all columns; prefix columns stay visible."""
+    new_column = torch.arange(width, device=start.device) - start
+    index = new_column.clamp(0, new_visible.shape[2] - 1)[:, None, :].expand(-1, height, -1)
+    return torch.gather(new_visible, 2, index) | (new_column < 0)[:, None, :]
