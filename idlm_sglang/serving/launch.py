@@ -25,6 +25,7 @@ from idlm_sglang.serving.options import Launch, default_log_file
 from idlm_sglang.serving.ports import check_port
 from idlm_sglang.serving.progress import Display, LogReader
 
+SERVER_MODULE = "idlm_sglang.serving.server"
 _POLL = 0.25  # seconds between looks at the child while it starts
 _HEALTH_INTERVAL = 1.0  # seconds between requests to /health, each of which the server logs
 _HEALTH_TIMEOUT = 5.0  # seconds; SGLang's answer to /health takes a generated token and up to a second of its own
@@ -69,6 +70,7 @@ class Server:
         self._refused: str | None = None
         self._stopping = 0  # the signal that asked for the end
         self._stop_time = 0.0
+        self._forced = False
         self._ready = False
 
     def run(self) -> int:
@@ -76,7 +78,7 @@ class Server:
         events_read, events_write = os.pipe()
         environ = os.environ | self._launch.environ | {"PYTHONUNBUFFERED": "1"}
         # -P: the directory this runs in stays off sys.path, where it could shadow a library.
-        command = [sys.executable, "-P", "-m", "idlm_sglang.serving.server", str(events_write), *self._launch.argv]
+        command = [sys.executable, "-P", "-m", SERVER_MODULE, str(events_write), *self._launch.argv]
         # Blocked until the handlers stand: a signal in between would end us and leave the child.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
@@ -158,6 +160,7 @@ class Server:
         """First signal: the server finishes what it is doing. A later one: it is ended at once."""
         if self._stopping:
             if time.monotonic() - self._stop_time > _SAME_STOP:
+                self._forced = True
                 _signal_group(self._process, signal.SIGKILL)
             return
         self._stopping, self._stop_time = number, time.monotonic()
@@ -167,8 +170,9 @@ class Server:
         """Say how it ended; the exit code of the command."""
         if self._stopping:
             name = signal.Signals(self._stopping).name
-            self._display.say(f"idlm: stopped ({name})" + ("" if self._ready else " before it was ready"))
-            return 0 if self._ready else 128 + self._stopping
+            how = " at once" if self._forced else "" if self._ready else " before it was ready"
+            self._display.say(f"idlm: stopped{how} ({name})")
+            return 0 if self._ready and not self._forced else 128 + self._stopping
         self._display.say("")
         reason = self._refused or self._reader.failure()
         line = reason if reason and reason.startswith("idlm: ") else f"idlm: the server ended: {reason or 'it gave no reason'}"

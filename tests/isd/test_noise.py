@@ -105,8 +105,11 @@ def test_rare_noise_is_as_rare_as_it_should_be():
     edges = np.concatenate([[0], 4.0 ** -np.arange(11, 0, -1), 1 - 4.0 ** -np.arange(1, 11), [1]])
     observed = np.histogram(unit, edges)[0].astype(float)
     p = counts_p(observed, np.diff(edges) * unit.size)
-    print(f"{unit.size} draws, tails to 4^-11: p = {p:.3f}, largest {float(g.max()):.2f}, smallest {float(g.min()):.2f}")
-    assert p > 1e-3
+    # Equal large values would fall to the lower id: there the noise must be finer than float32 is near 1.
+    large = g.ravel().topk(unit.size // 10_000).values
+    distinct = len(large.unique()) / len(large)
+    print(f"{unit.size} draws, tails to 4^-11: p = {p:.3f}; of the {len(large)} largest {distinct:.1%} are distinct")
+    assert p > 1e-3 and distinct > 0.97
 
 
 PAIRS = {

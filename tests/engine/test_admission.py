@@ -1,0 +1,96 @@
+"""What a request gets is decided from the request alone."""
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from idlm_sglang.config import Settings
+from idlm_sglang.engine.admission import plan_of, plan_request
+from idlm_sglang.engine.requests import BatchRows, derived_seed, signed64, stride_limit
+
+SETTINGS = Settings(stride=4, max_stride=8)
+
+
+class HiddenStates:
+    def __init__(self, capture):
+        self.capture = capture
+
+    def need_capture(self):
+        return self.capture
+
+
+def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, **params):
+    return SimpleNamespace(
+        sampling_params=SamplingParams(**params),
+        return_hidden_states_mode=HiddenStates(hidden),
+        lora_id=lora,
+        return_sampling_mask=mask,
+        grammar=grammar,
+        custom_logit_processor=processor,
+    )
+
+
+@pytest.mark.parametrize(
+    "req, mode, reason",
+    [
+        (request(), "strided", "default"),
+        (request(temperature=0.7, top_p=0.9, min_p=0.1, sampling_seed=3, logit_bias={"5": 1.0}), "strided", "default"),
+        (request(custom_params={"idlm_stride": 2}), "strided", "stride"),
+        (request(presence_penalty=0.1), "single", "penalties"),
+        (request(frequency_penalty=0.1), "single", "penalties"),
+        (request(repetition_penalty=1.1), "single", "penalties"),
+        (request(min_new_tokens=2), "single", "penalties"),
+        (request(regex="a+"), "single", "grammar"),
+        (request(json_schema="{}"), "single", "grammar"),
+        (request(grammar=object()), "single", "grammar"),
+        (request(processor="code"), "single", "custom_logit_processor"),
+        (request(hidden=True), "refused", "hidden_states"),
+        (request(lora="x"), "refused", "lora"),
+        (request(mask=True), "refused", "sampling_mask"),
+        (request(custom_params={"idlm_stride": 9}), "refused", "stride"),
+        (request(custom_params={"idlm_stride": 0}), "refused", "stride"),
+        (request(custom_params={"idlm_stride": True}), "refused", "stride"),
+        (request(custom_params={"idlm_stride": "2"}), "refused", "stride"),
+    ],
+)
+def test_modes(req, mode, reason):
+    plan = plan_request(req, SETTINGS, 1)
+    assert (plan.mode, plan.reason) == (mode, reason)
+    assert bool(plan.message) == (mode == "refused")
+
+
+def test_a_request_is_planned_once_and_numbered_in_order():
+    first, second = request(), request()
+    plan = plan_of(first, SETTINGS, 1)
+    assert plan_of(first, SETTINGS, 1) is plan
+    assert plan_of(second, SETTINGS, 1).number > plan.number
+
+
+def test_limits_follow_the_request_the_server_and_the_mode():
+    assert stride_limit(plan_request(request(), SETTINGS, 1), SETTINGS, 4) == 3
+    assert stride_limit(plan_request(request(), SETTINGS, 1), SETTINGS, 1) == 0
+    assert stride_limit(plan_request(request(custom_params={"idlm_stride": 8}), SETTINGS, 1), SETTINGS, 1) == 7
+    assert stride_limit(plan_request(request(presence_penalty=1.0), SETTINGS, 1), SETTINGS, 4) == 0
+
+
+def test_any_integer_is_a_seed_and_derived_seeds_do_not_repeat():
+    assert signed64(2**64 + 5) == 5 and signed64(-1) == -1 and signed64(2**63) == -(2**63)
+    assert plan_request(request(sampling_seed=2**70 + 1), SETTINGS, 1).seed == 1
+    seeds = {derived_seed(s, n) for s in (0, 1, 42) for n in range(5000)}
+    assert len(seeds) == 15000 and all(-(2**63) <= s < 2**63 for s in seeds)
+
+
+def test_batch_rows_say_what_the_step_needs():
+    reqs = [request(temperature=0), request(temperature=1.0, sampling_seed=5), request(temperature=1.0, top_p=0.5)]
+    for r in reqs:
+        r.sampling_params.normalize(None)
+    plans = [plan_request(r, SETTINGS, 1) for r in reqs]
+    rows = BatchRows(reqs, plans, SETTINGS, 4, "cpu")
+    assert rows.limits.tolist() == [3, 3, 3] and rows.drafts == 3
+    assert rows.coupled.tolist() == [False, True, False]
+    assert (rows.any_sampled, rows.any_truncated, rows.any_rejection) == (True, True, True)
+    greedy = BatchRows(reqs[:1], plans[:1], SETTINGS, 4, "cpu")
+    assert (greedy.any_sampled, greedy.any_truncated, greedy.any_rejection) == (False, False, False)
+    seeded = BatchRows(reqs[:2], plans[:2], SETTINGS, 4, "cpu")
+    assert (seeded.any_truncated, seeded.any_rejection) == (False, False)

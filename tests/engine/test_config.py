@@ -1,0 +1,58 @@
+"""Settings: every source, every bad value one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, read_settings
+
+
+def test_defaults():
+    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="rejection")
+
+
+def test_environment_and_flag():
+    env = {"IDLM_STRIDE": "3", "IDLM_MAX_STRIDE": "8", "IDLM_MASK_TOKEN_ID": "7", "IDLM_SAMPLING_RULE": "coupled"}
+    assert read_settings(environ=env) == Settings(3, 8, 7, "coupled")
+    assert read_settings(num_steps=5, environ={}) == Settings(6, 6)
+    assert read_settings(num_steps=2, environ={"IDLM_STRIDE": "3"}).stride == 3
+    assert read_settings(environ={"IDLM_STRIDE": "16"}).max_width == 31
+
+
+@pytest.mark.parametrize(
+    "steps, env, words",
+    [
+        (None, {"IDLM_STRIDE": "0"}, ["IDLM_STRIDE", "'0'", "1 to 16"]),
+        (None, {"IDLM_STRIDE": "17"}, ["IDLM_STRIDE", "'17'", "1 to 16"]),
+        (None, {"IDLM_STRIDE": "four"}, ["IDLM_STRIDE", "'four'", "1 to 16"]),
+        (None, {"IDLM_STRIDE": ""}, ["IDLM_STRIDE", "''"]),
+        (16, {}, ["--speculative-num-steps", "16", "0 to 15"]),
+        (-1, {}, ["--speculative-num-steps", "-1", "0 to 15"]),
+        (3, {"IDLM_STRIDE": "8"}, ["IDLM_STRIDE=8", "--speculative-num-steps 3", "disagree"]),
+        (None, {"IDLM_STRIDE": "8", "IDLM_MAX_STRIDE": "4"}, ["IDLM_MAX_STRIDE=4", "stride 8", "8 to 16"]),
+        (None, {"IDLM_MAX_STRIDE": "99"}, ["IDLM_MAX_STRIDE", "'99'"]),
+        (None, {"IDLM_MASK_TOKEN_ID": "-2"}, ["IDLM_MASK_TOKEN_ID", "'-2'", ">= 0"]),
+        (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "rejection, coupled"]),
+    ],
+)
+def test_a_bad_value_is_one_line_with_setting_value_and_what_is_allowed(steps, env, words):
+    with pytest.raises(ValueError) as error:
+        read_settings(steps, env)
+    line = str(error.value)
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+def test_a_setting_error_ends_a_command_without_a_stack_trace():
+    code = "from idlm_sglang.config import SettingError; raise SettingError('x=1 is not valid; allowed: 2')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "idlm: x=1 is not valid; allowed: 2\n" and done.stdout == ""
+
+
+def test_settings_reach_the_processes_that_inherit_the_environment(monkeypatch):
+    monkeypatch.delenv("IDLM_RESOLVED_SETTINGS", raising=False)
+    with pytest.raises(SettingError):
+        handed_down()
+    monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
+    hand_down(Settings(2, 8, 5, "coupled"))
+    assert handed_down() == Settings(2, 8, 5, "coupled")

@@ -1,0 +1,85 @@
+"""The table of settings that ISD refuses: what is typed, and what the one line must name."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Case:
+    """One refused command line.
+
+    Attributes:
+        argv: behind `--model-path MODEL --speculative-algorithm ISD`.
+        names: parts of the line: the setting with its value, and what is allowed.
+        stock: whether plain `sglang serve` shows the same line and no traceback. Where False, SGLang rewrites the
+            setting or fails on it before a plugin is asked; `idlm serve` looks at what was typed.
+        model: a name in the `checkpoints` fixture, or a path.
+    """
+
+    argv: tuple[str, ...]
+    names: tuple[str, ...]
+    stock: bool = True
+    environ: dict[str, str] = field(default_factory=dict)
+    model: str = "demo"
+    cpu_only: bool = False
+
+    def __str__(self) -> str:
+        return " ".join((*self.argv, *self.environ, *([self.model] if self.model != "demo" else [])))
+
+
+def _flag(flag: str, *value: str, allowed: str = "", stock: bool = True, also: tuple[str, ...] = ()) -> Case:
+    return Case((flag, *value, *also), (f"{flag} {' '.join(value) or 'True'}", f"; allowed: {allowed}"), stock)
+
+
+CASES = (
+    _flag("--dllm-algorithm", "LowConfidence", allowed="only one decoding algorithm"),
+    _flag("--speculative-draft-model-path", "owner/draft", allowed="none", stock=False),
+    _flag("--uno-lora-path", "x", allowed="only with --speculative-algorithm UNO"),
+    _flag("--speculative-adaptive", allowed="off", stock=False),
+    _flag("--speculative-accept-threshold-single", "0.9", allowed="1.0"),
+    _flag("--speculative-accept-threshold-acc", "0.9", allowed="1.0"),
+    _flag("--speculative-eagle-topk", "4", allowed="1"),
+    _flag("--enable-lora", allowed="off"),
+    Case(("--lora-paths", "a=/tmp/a"), ("--lora-paths ['a=/tmp/a']", "; allowed: none")),
+    _flag("--pp-size", "2", allowed="1"),
+    _flag("--dcp-size", "2", allowed="1"),
+    _flag("--attn-cp-size", "2", allowed="1", stock=False),
+    _flag("--enable-dp-attention", allowed="off", stock=False, also=("--tp-size", "2", "--dp-size", "2")),
+    _flag("--disaggregation-mode", "prefill", allowed="null"),
+    _flag("--disaggregation-mode", "decode", allowed="null"),
+    _flag("--tokenizer-worker-num", "2", allowed="1"),
+    _flag("--enable-hierarchical-cache", allowed="off"),
+    _flag("--enable-lmcache", allowed="off"),
+    _flag("--enable-flexkv", allowed="off"),
+    _flag("--enable-hisparse", allowed="off"),
+    _flag("--enable-two-batch-overlap", allowed="off"),
+    _flag("--enable-pdmux", allowed="off"),
+    _flag("--enable-watermark", allowed="off"),
+    _flag("--enable-streaming-session", allowed="off"),
+    _flag("--is-embedding", allowed="off"),
+    _flag("--page-size", "3", allowed="1, 16, 32, 64"),
+    _flag("--attention-backend", "fa4", allowed="torch_native", stock=False),
+    _flag("--prefill-attention-backend", "fa4", allowed="torch_native", stock=False),
+    _flag("--decode-attention-backend", "fa4", allowed="torch_native", stock=False),
+    _flag("--speculative-num-steps", "16", allowed="0 to 15"),
+    _flag("--speculative-num-steps", "-1", allowed="0 to 15"),
+    _flag("--speculative-num-draft-tokens", "3", allowed="7 (2N - 1)"),
+    # SGLang's own parser, whose page of usage `idlm serve` leaves out.
+    Case(("--speculative-num-steps", "abc"), ("--speculative-num-steps", "'abc'", "; allowed: "), stock=False),
+    Case(("--no-such-flag",), ("--no-such-flag", "; allowed: SGLang's flags"), stock=False),
+    # Settings of the environment.
+    Case((), ("IDLM_STRIDE='17'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "17"}),
+    Case((), ("IDLM_STRIDE='four'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "four"}),
+    Case((), ("IDLM_MAX_STRIDE=2", "; allowed: 4 to 16"), environ={"IDLM_MAX_STRIDE": "2"}),
+    Case((), ("IDLM_SAMPLING_RULE='x'", "; allowed: rejection, coupled"), environ={"IDLM_SAMPLING_RULE": "x"}),
+    Case(("--speculative-num-steps", "2"), ("IDLM_STRIDE=8", "--speculative-num-steps 2"), environ={"IDLM_STRIDE": "8"}),
+    # Checkpoints.
+    Case((), ("names no MASK token", "IDLM_MASK_TOKEN_ID is not set", "; allowed: "), model="without_mask"),
+    Case((), ("MASK token id 5000", "outside the vocabulary; allowed: 0 to 1023"), model="mask_outside"),
+    Case((), ("IDLM_MASK_TOKEN_ID=7 contradicts the config",), environ={"IDLM_MASK_TOKEN_ID": "7"}),
+    Case((), ("architectures ['LlamaForCausalLM']", "; allowed: IDLMForCausalLM"), model="llama"),
+    Case((), ("--model-path /no/such/model cannot be read", "; allowed: "), model="/no/such/model", stock=False),
+    Case((), ("--model-path no-such-owner/model cannot be read", "; allowed: "), model="no-such-owner/model", stock=False),
+    # What this machine lacks.
+    Case(("--device", "cuda"), ("--device cuda", "; allowed: cpu"), stock=False, cpu_only=True),
+    Case(("--attention-backend", "flashinfer"), ("--attention-backend flashinfer", "; allowed: torch_native"), stock=False, cpu_only=True),
+)

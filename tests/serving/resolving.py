@@ -1,0 +1,60 @@
+"""Runs in a process of its own: what SGLang and the plugin say to many command lines, without starting a server.
+
+Reads {"cases": [{"argv", "environ", "stock"}], "check": [host, port]} from standard input; writes to standard output
+the report of `idlm check` and, per case, how `idlm serve` (and stock SGLang) refused it, or null.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+
+def outcome(resolve, argv: list[str], environ: dict[str, str]) -> dict | None:
+    """Type and text of what `resolve(argv)` raised, None where it raised nothing."""
+    from idlm_sglang.serving.server import one_line
+
+    before = dict(os.environ)
+    os.environ.update(environ)
+    try:
+        resolve(argv)
+    except (Exception, SystemExit) as reason:
+        # The interpreter prints the text of such an exit, and nothing else; anything else comes with a traceback.
+        clean = isinstance(reason, SystemExit) and isinstance(reason.code, str)
+        return {"clean": clean, "type": type(reason).__name__, "line": one_line(reason)}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return None
+
+
+def stock(argv: list[str]) -> None:
+    """What `sglang serve` does before it starts anything."""
+    from sglang.srt.server_args import prepare_server_args
+
+    prepare_server_args(argv).resolve_once()
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    result, sys.stdout = sys.stdout, sys.stderr
+    report = io.StringIO()
+    with contextlib.redirect_stdout(report):
+        from idlm_sglang.serving.check import run
+
+        code = run(*asked["check"])
+
+    from idlm_sglang.serving.server import describe, resolve
+
+    cases = []
+    for case in asked["cases"]:
+        cases.append({"idlm": outcome(resolve, case["argv"], case["environ"])})
+        if case["stock"]:
+            cases[-1]["stock"] = outcome(stock, case["argv"], case["environ"])
+    described = {name: describe(resolve(argv)) for name, argv in asked["describe"].items()}
+    json.dump({"check": {"code": code, "report": report.getvalue()}, "cases": cases, "describe": described}, result)
+
+
+if __name__ == "__main__":
+    main()
