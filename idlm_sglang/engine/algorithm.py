@@ -39,6 +39,7 @@ _REFUSED = (
     ("enable_pdmux", bool, "--enable-pdmux", "off"),
     ("enable_watermark", bool, "--enable-watermark", "off"),
     ("enable_streaming_session", bool, "--enable-streaming-session", "off"),
+    ("enable_deterministic_inference", bool, "--enable-deterministic-inference", "off: a request's seed is honoured without it"),
     ("is_embedding", bool, "--is-embedding", "off"),
     ("page_size", lambda v: v is not None and v not in PAGE_SIZES, "--page-size", ", ".join(map(str, PAGE_SIZES))),
     *(

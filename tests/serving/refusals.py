@@ -60,8 +60,8 @@ CASES = (
     _flag("--attention-backend", "fa4", allowed="torch_native", stock=False),
     _flag("--prefill-attention-backend", "fa4", allowed="torch_native", stock=False),
     _flag("--decode-attention-backend", "fa4", allowed="torch_native", stock=False),
-    _flag("--speculative-num-steps", "16", allowed="0 to 15"),
-    _flag("--speculative-num-steps", "-1", allowed="0 to 15"),
+    Case(("--speculative-num-steps", "16"), ("--speculative-num-steps 16", "allowed: 0 to 15")),
+    Case(("--speculative-num-steps", "-1"), ("--speculative-num-steps -1", "allowed: 0 to 15")),
     _flag("--speculative-num-draft-tokens", "3", allowed="7 (2N - 1)"),
     # SGLang's own parser, whose page of usage `idlm serve` leaves out.
     Case(("--speculative-num-steps", "abc"), ("--speculative-num-steps", "'abc'", "; allowed: "), stock=False),

@@ -1,7 +1,8 @@
 """Runs in a process of its own: what SGLang and the plugin say to many command lines, without starting a server.
 
-Reads {"cases": [{"argv", "environ", "stock"}], "check": [host, port]} from standard input; writes to standard output
-the report of `idlm check` and, per case, how `idlm serve` (and stock SGLang) refused it, or null.
+Reads {"cases": [{"argv", "environ", "stock"}], "check": [host, port], "describe": {name: argv}} from standard input.
+Writes to standard output the report of `idlm check`, per case how `idlm serve` (and stock SGLang) refused it or null, the
+flags that the algorithm refuses, and what was resolved for the lines to describe.
 """
 
 import contextlib
@@ -53,7 +54,11 @@ def main() -> None:
         if case["stock"]:
             cases[-1]["stock"] = outcome(stock, case["argv"], case["environ"])
     described = {name: describe(resolve(argv)) for name, argv in asked["describe"].items()}
-    json.dump({"check": {"code": code, "report": report.getvalue()}, "cases": cases, "describe": described}, result)
+
+    from idlm_sglang.engine.algorithm import _REFUSED
+
+    flags = [flag for _, _, flag, _ in _REFUSED]
+    json.dump({"refused_flags": flags, "check": {"code": code, "report": report.getvalue()}, "cases": cases, "describe": described}, result)
 
 
 if __name__ == "__main__":

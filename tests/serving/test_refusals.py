@@ -21,11 +21,9 @@ def test_it_is_refused_in_one_line_that_names_setting_value_and_what_is_allowed(
         assert says["stock"] == says["idlm"] and says["stock"]["clean"], says["stock"]
 
 
-def test_every_setting_that_the_algorithm_refuses_is_in_the_table():
-    from idlm_sglang.engine.algorithm import _REFUSED
-
+def test_every_setting_that_the_algorithm_refuses_is_in_the_table(sglang_says):
     typed = {word for case in CASES for word in case.argv}
-    assert {flag for _, _, flag, _ in _REFUSED} <= typed
+    assert set(sglang_says["refused_flags"]) <= typed
 
 
 def test_what_was_resolved_is_described(sglang_says):
