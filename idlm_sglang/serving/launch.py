@@ -173,7 +173,7 @@ class Server:
             how = " at once" if self._forced else "" if self._ready else " before it was ready"
             self._display.say(f"idlm: stopped{how} ({name})")
             return 0 if self._ready and not self._forced else 128 + self._stopping
-        self._display.say("")
+        self._display.clear()
         reason = self._refused or self._reader.failure()
         line = reason if reason and reason.startswith("idlm: ") else f"idlm: the server ended: {reason or 'it gave no reason'}"
         print(self._launch.in_typed_words(line), file=sys.stderr, flush=True)

@@ -26,12 +26,15 @@ _PERCENT = re.compile(r"\d+%")
 _TIMESTAMP = re.compile(r"^\[[^]]*\] ")
 
 # The line that explains a failure, best kind first: our own refusal (an uncaught SettingError), the end of a
-# traceback, anything that speaks of an error. All but the last stand at the margin, where log lines have a timestamp.
+# traceback, a worker that died without one, anything that speaks of an error. The first two stand at the margin,
+# where log lines have a timestamp. SGLang passes over models it cannot import, and says so each time.
 _REASONS = (
     re.compile(r"idlm: "),
     re.compile(r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:: |$)"),
-    re.compile(r".*error", re.IGNORECASE),
+    re.compile(r".*(?:crashed with exit code|is dead)"),
+    re.compile(r"(?!.*Ignore import error).*error", re.IGNORECASE),
 )
+_KEPT_LINES = 400  # what is older explains no end
 
 
 class LogReader:
@@ -40,7 +43,7 @@ class LogReader:
     def __init__(self) -> None:
         self.stage = "loading SGLang"
         self._rest = ""
-        self._recent: deque[str] = deque(maxlen=2000)
+        self._recent: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def feed(self, piece: bytes) -> None:
         """Read on. Progress bars end their lines with a carriage return."""
@@ -102,8 +105,13 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print lines of their own; the updating line makes room."""
+        self.clear()
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def clear(self) -> None:
+        """Take the updating line away."""
         if self._drawn:
             self._out.write("\r" + " " * self._drawn + "\r")
             self._drawn = 0
-        self._out.write(text + "\n")
         self._out.flush()

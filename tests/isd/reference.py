@@ -156,7 +156,12 @@ def emit(
     window = prompt[:, 1:]
     seq_lens = torch.full((batch,), len(model.prompt))
     zero = torch.zeros(batch, dtype=torch.int64)
-    none = (torch.zeros(batch, 0, dtype=torch.int64), zero, torch.zeros(batch, 0), torch.zeros(batch, 0, model.vocab + 1))
+    none = (
+        torch.zeros(batch, 0, dtype=torch.int64),
+        zero,
+        torch.zeros(batch, 0),
+        torch.zeros(batch, 0, model.vocab + 1),
+    )
     first = isd_step(model.logits(prompt), *none, zero, seq_lens - 1, rows)
     out = torch.cat([first.last[:, None], torch.zeros(batch, length, dtype=torch.int64)], dim=1)
     filled = torch.ones_like(zero)

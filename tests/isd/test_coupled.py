@@ -91,7 +91,9 @@ def test_the_text_does_not_depend_on_the_batch(model, requests, alone, stride):
     mixed = [params[i] for i in order.tolist()] + mates
     mixed_seeds = torch.cat([seeds[order], torch.arange(len(mates))])
     shuffle = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(3))
-    tokens = emit(model, sampling_rows([mixed[i] for i in shuffle.tolist()], mixed_seeds[shuffle]), LENGTH, stride).tokens
+    tokens = emit(
+        model, sampling_rows([mixed[i] for i in shuffle.tolist()], mixed_seeds[shuffle]), LENGTH, stride
+    ).tokens
     back = torch.empty_like(shuffle).scatter_(0, shuffle, torch.arange(len(mixed)))
     assert torch.equal(tokens[back][: len(params)], alone[order])
 

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from idlm_sglang.isd import decode as loop
 from idlm_sglang.isd.decode import decode, one_row
 from tests.isd.reference import Params, Tabular, emit, sampling_rows
 
 MODEL = Tabular(11, order=3, seed=2, context=0.4)
-SETTINGS = {"greedy": dict(), "coupled": dict(temperature=0.9, top_p=0.9, seed=5, coupled=True), "rejection": dict(temperature=1.0, seed=-3)}
+SETTINGS = {
+    "greedy": dict(),
+    "coupled": dict(temperature=0.9, top_p=0.9, seed=5, coupled=True),
+    "rejection": dict(temperature=1.0, seed=-3),
+}
 
 
 class Counting:
@@ -58,7 +61,9 @@ def test_every_stride_gives_the_text_of_stride_one(name):
 def test_greedy_at_stride_one_is_the_argmax_of_a_plain_loop():
     tokens = list(MODEL.prompt)
     for _ in range(40):
-        tokens.append(int(MODEL(torch.tensor([tokens]), torch.arange(len(tokens))[None])[0, -1, : MODEL.vocab].argmax()))
+        tokens.append(
+            int(MODEL(torch.tensor([tokens]), torch.arange(len(tokens))[None])[0, -1, : MODEL.vocab].argmax())
+        )
     assert run(1).tokens == tokens[len(MODEL.prompt) :]
 
 
@@ -72,13 +77,38 @@ def test_the_loop_and_the_batched_simulation_agree(stride):
         assert out.tokens == wanted.tokens[0].tolist() and out.forwards == int(wanted.forwards[0])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(SETTINGS)), st.integers(1, 6), st.integers(1, 25), st.frozensets(st.integers(0, 10), max_size=3))
-def test_it_stops_at_the_first_end_token_or_the_limit(name, stride, max_tokens, stop_ids):
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_stops_at_the_first_end_token_or_the_limit(name, stride):
+    """Every token of the text as the end token, so that ends fall inside accepted runs too; every limit."""
     full = run(stride, max_tokens=30, **SETTINGS[name]).tokens
-    out = run(stride, max_tokens=max_tokens, stop_ids=stop_ids, **SETTINGS[name])
-    end = next((i + 1 for i, token in enumerate(full) if token in stop_ids), len(full))
-    assert out.tokens == full[: min(end, max_tokens)]
+    for token in range(MODEL.vocab):
+        out = run(stride, max_tokens=30, stop_ids=frozenset([token, 99]), **SETTINGS[name])
+        assert out.tokens == full[: full.index(token) + 1 if token in full else 30]
+    for max_tokens in range(1, 12):
+        assert run(stride, max_tokens=max_tokens, **SETTINGS[name]).tokens == full[:max_tokens]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_statistics_are_those_of_the_steps(name, monkeypatch):
+    steps = []
+    exact = loop.isd_step
+
+    def spy(logits, drafts, counts, *rest):
+        result = exact(logits, drafts, counts, *rest)
+        steps.append((int(counts), int(result.accept_lens) - 1, float(result.introspection)))
+        return result
+
+    monkeypatch.setattr(loop, "isd_step", spy)
+    out = run(4, **SETTINGS[name])
+    assert out.forwards == len(steps) - 1
+    assert out.proposed == [sum(counts > i for counts, _, _ in steps) for i in range(3)]
+    assert out.accepted == [sum(accepted > i for _, accepted, _ in steps) for i in range(3)]
+    assert out.tried == sum(min(counts, accepted + 1) for counts, accepted, _ in steps)
+    assert out.introspection == pytest.approx(sum(value for _, _, value in steps))
+    print(
+        f"{name}: {out.accepted} of {out.proposed} accepted, introspective acceptance {out.introspection / out.tried:.3f}"
+    )
 
 
 def test_an_end_token_from_the_prefill_takes_no_forward():
@@ -109,9 +139,16 @@ def test_equal_q_and_p_give_n_tokens_per_forward():
 
 
 def test_one_row_sets_the_flags_of_its_request():
-    flags = lambda **settings: (lambda rows: (rows.any_sampled, rows.any_truncated, rows.any_rejection))(one_row(**settings))
+    flags = lambda **settings: (lambda rows: (rows.any_sampled, rows.any_truncated, rows.any_rejection))(
+        one_row(**settings)
+    )
     assert flags() == flags(top_p=0.5, coupled=True) == (False, False, False)
     assert flags(temperature=1.0) == (True, False, True)
     assert flags(temperature=1.0, coupled=True) == (True, False, False)
-    assert flags(temperature=1.0, top_k=5) == flags(temperature=1.0, top_p=0.9) == flags(temperature=1.0, min_p=0.1) == (True, True, True)
+    assert (
+        flags(temperature=1.0, top_k=5)
+        == flags(temperature=1.0, top_p=0.9)
+        == flags(temperature=1.0, min_p=0.1)
+        == (True, True, True)
+    )
     assert bool(one_row().greedy) and not bool(one_row(temperature=0.1).greedy)

@@ -28,7 +28,9 @@ def test_positions_follow_the_cached_tokens_without_a_gap():
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.integers(0, 6), st.lists(st.integers(0, 6), min_size=1, max_size=5), st.sampled_from([torch.int32, torch.int64]))
+@given(
+    st.integers(0, 6), st.lists(st.integers(0, 6), min_size=1, max_size=5), st.sampled_from([torch.int32, torch.int64])
+)
 def test_proposing_rows_are_the_k_masks_behind_the_drafts(k, counts, dtype):
     """They hold MASK, see every valid draft and no row between, and lie inside the step's width."""
     counts = torch.tensor(counts).clamp(max=k).to(dtype)

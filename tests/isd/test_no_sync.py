@@ -53,7 +53,10 @@ def test_a_step_never_asks_for_a_value(batch, k, flags, device):
 def test_target_and_noise_never_ask_for_a_value(device):
     with FakeTensorMode():
         scores = target_scores(torch.empty(3, 5, VOCAB, device=device), rows(3, device, (True, True, True)))
-        seeds, positions = torch.empty(3, dtype=torch.int64, device=device), torch.empty(3, 5, dtype=torch.int32, device=device)
+        seeds, positions = (
+            torch.empty(3, dtype=torch.int64, device=device),
+            torch.empty(3, 5, dtype=torch.int32, device=device),
+        )
         g, u = noise.gumbel(seeds, positions, VOCAB), noise.uniform(seeds, positions)
     assert g.shape == scores.shape == (3, 5, VOCAB) and u.shape == (3, 5)
     assert {x.device.type for x in (scores, g, u)} == {device} and {x.dtype for x in (scores, g, u)} == {torch.float32}

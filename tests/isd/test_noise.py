@@ -114,7 +114,10 @@ def test_rare_noise_is_as_rare_as_it_should_be():
 
 PAIRS = {
     "tokens": lambda s, p: (noise.gumbel(s, p, 33)[..., :-1], noise.gumbel(s, p, 33)[..., 1:]),
-    "tokens 2^10 apart": lambda s, p: (noise.gumbel(s[:40], p[:40], 1056)[..., :32], noise.gumbel(s[:40], p[:40], 1056)[..., 1024:]),
+    "tokens 2^10 apart": lambda s, p: (
+        noise.gumbel(s[:40], p[:40], 1056)[..., :32],
+        noise.gumbel(s[:40], p[:40], 1056)[..., 1024:],
+    ),
     "positions": lambda s, p: (noise.gumbel(s, p, 32), noise.gumbel(s, p + 1, 32)),
     "positions 2^14 apart": lambda s, p: (noise.gumbel(s, p, 32), noise.gumbel(s, p + 2**14, 32)),
     "position against token": lambda s, p: (noise.gumbel(s, p, 33)[..., 1:], noise.gumbel(s, p + 1, 33)[..., :-1]),
@@ -178,7 +181,13 @@ def test_bits_do_not_depend_on_the_batch(vocab):
 
 
 def test_different_seeds_positions_and_streams_give_different_noise():
-    seeds = sorted({s for seed in (1, 7, 123_456_789) for s in (seed, seed + 1, -seed, seed << 32, seed ^ -(2**63), (seed << 32) + seed)})
+    seeds = sorted(
+        {
+            s
+            for seed in (1, 7, 123_456_789)
+            for s in (seed, seed + 1, -seed, seed << 32, seed ^ -(2**63), (seed << 32) + seed)
+        }
+    )
     positions = torch.tensor([[0, 1, 2, 3]]).expand(len(seeds), -1)
     draws = torch.stack([noise.gumbel(torch.tensor(seeds), positions, 4, stream) for stream in STREAMS])
     rows = {tuple(row) for row in draws.reshape(-1, 4).tolist()}
@@ -224,6 +233,8 @@ def test_gumbel_max_over_a_large_vocabulary():
     within = counts_p(np.bincount(winners.numpy() // 64, minlength=64).astype(float), np.full(64, winners.numel() / 64))
     # The winner of the uniform case has E[max g] = log V + 0.5772.
     mean = float(g.max(1).values.double().mean())
-    print(f"{rows} uniform draws from {vocab}: p = {whole:.3f}; {winners.numel()} from {block}: p = {within:.3f}; mean maximum {mean:.3f}")
+    print(
+        f"{rows} uniform draws from {vocab}: p = {whole:.3f}; {winners.numel()} from {block}: p = {within:.3f}; mean maximum {mean:.3f}"
+    )
     assert whole > 1e-3 and within > 1e-3
     assert abs(mean - (np.log(vocab) + 0.57722)) < 4 * np.pi / np.sqrt(6 * rows)

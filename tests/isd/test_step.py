@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm_sglang.isd import isd_step, noise
+from idlm_sglang.isd import isd_step, noise, verify
 from tests.isd.reference import GREEDY, NEG, Params, sampling_rows, target_probs
 
 KINDS = [
@@ -32,7 +32,9 @@ def loop_step(logits, drafts, count, q, limit, seq_len, params, seed):
     def draw(row, weights, stream):
         if params.top_k == 1:
             return int(np.argmax(weights))
-        return int(np.argmax(np.where(weights > 0, np.log(np.where(weights > 0, weights, 1)) + gumbel(row, stream), NEG)))
+        return int(
+            np.argmax(np.where(weights > 0, np.log(np.where(weights > 0, weights, 1)) + gumbel(row, stream), NEG))
+        )
 
     own_rule = params.top_k > 1 and not params.coupled
     tokens, introspection = [], 0.0
@@ -55,7 +57,13 @@ def loop_step(logits, drafts, count, q, limit, seq_len, params, seed):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.integers(0, 4), st.lists(st.sampled_from(KINDS), min_size=1, max_size=6), st.integers(2, 7), st.integers(0, 2**20), st.booleans())
+@given(
+    st.integers(0, 4),
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=6),
+    st.integers(2, 7),
+    st.integers(0, 2**20),
+    st.booleans(),
+)
 def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near):
     """Any batch size, width, count, limit and mixture of rules; ``near`` makes q like p, so that drafts stand."""
     batch = len(kinds)
@@ -63,9 +71,17 @@ def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near):
     logits = torch.randn(batch, 2 * k + 1, vocab, generator=random) * 1.5
     logits = logits.masked_fill(torch.rand(logits.shape, generator=random) < 0.15, NEG)
     logits[..., 0] = logits[..., 0].clamp(min=-2)
-    q_logits = logits[:, :k] + torch.randn(batch, k, vocab, generator=random) * 0.3 if near else torch.randn(batch, k, vocab, generator=random)
+    q_logits = (
+        logits[:, :k] + torch.randn(batch, k, vocab, generator=random) * 0.3
+        if near
+        else torch.randn(batch, k, vocab, generator=random)
+    )
     q = torch.softmax(q_logits.clamp(min=-6), dim=-1)
-    drafts = torch.multinomial(q.reshape(-1, vocab), 1, generator=random).view(batch, k) if k else torch.zeros(batch, 0, dtype=torch.int64)
+    drafts = (
+        torch.multinomial(q.reshape(-1, vocab), 1, generator=random).view(batch, k)
+        if k
+        else torch.zeros(batch, 0, dtype=torch.int64)
+    )
     log_q = q.gather(-1, drafts[..., None])[..., 0].log()
     counts = torch.randint(0, k + 1, (batch,), generator=random)
     limits = torch.randint(0, k + 2, (batch,), generator=random)
@@ -80,7 +96,14 @@ def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near):
     for b, params in enumerate(kinds):
         count = int(counts[b])
         tokens, fresh, introspection, log_p = loop_step(
-            logits[b].numpy(), drafts[b].tolist(), count, q[b].double().numpy(), int(limits[b]), int(seq_lens[b]), params, int(seeds[b])
+            logits[b].numpy(),
+            drafts[b].tolist(),
+            count,
+            q[b].double().numpy(),
+            int(limits[b]),
+            int(seq_lens[b]),
+            params,
+            int(seeds[b]),
         )
         assert int(result.accept_lens[b]) == len(tokens) == int(result.deciding[b]) + 1
         assert result.tokens[b, : len(tokens)].tolist() == tokens and int(result.last[b]) == tokens[-1]
@@ -99,9 +122,22 @@ def test_shapes_and_types_are_as_documented():
         rows = sampling_rows([Params(), GREEDY], torch.tensor([1, 2]))
         counts = torch.tensor([k, 0], dtype=torch.int32)
         q = torch.full((2, k, 5), 0.2)
-        out = isd_step(torch.randn(2, 2 * k + 1, 5), torch.zeros(2, k, dtype=torch.int64), counts, torch.zeros(2, k), q, counts, counts, rows)
+        out = isd_step(
+            torch.randn(2, 2 * k + 1, 5),
+            torch.zeros(2, k, dtype=torch.int64),
+            counts,
+            torch.zeros(2, k),
+            q,
+            counts,
+            counts,
+            rows,
+        )
         assert out.tokens.shape == (2, k + 1) and out.tokens.dtype == torch.int64
-        assert out.accept_lens.dtype == torch.int32 and out.last.dtype == torch.int64 and out.introspection.dtype == torch.float32
+        assert (
+            out.accept_lens.dtype == torch.int32
+            and out.last.dtype == torch.int64
+            and out.introspection.dtype == torch.float32
+        )
         assert out.proposal.q.shape == (2, k, 5) and out.proposal.counts.dtype == torch.int64
         assert ((out.accept_lens >= 1) & (out.accept_lens <= counts + 1)).all()
 
@@ -117,7 +153,9 @@ def test_no_q_is_kept_or_needed_without_the_rejection_rule():
 def test_stride_one_needs_no_q():
     rows = sampling_rows([Params()], torch.tensor([1]))
     zero = torch.zeros(1, dtype=torch.int64)
-    out = isd_step(torch.randn(1, 1, 6), torch.zeros(1, 0, dtype=torch.int64), zero, torch.zeros(1, 0), None, zero, zero, rows)
+    out = isd_step(
+        torch.randn(1, 1, 6), torch.zeros(1, 0, dtype=torch.int64), zero, torch.zeros(1, 0), None, zero, zero, rows
+    )
     assert int(out.accept_lens) == 1
 
 
@@ -145,7 +183,9 @@ def test_introspection_is_the_mean_of_min_1_p_over_q(coupled):
     wanted = (torch.arange(k) < tried[:, None]) * overlap
     error = (out.introspection - wanted.sum(1)).double()
     z = float(error.mean() / error.std() * batch**0.5)
-    print(f"coupled {coupled}: {int(tried.sum())} drafts tried, mean {float(out.introspection.sum() / tried.sum()):.4f}, z = {z:.2f}")
+    print(
+        f"coupled {coupled}: {int(tried.sum())} drafts tried, mean {float(out.introspection.sum() / tried.sum()):.4f}, z = {z:.2f}"
+    )
     assert abs(z) < 4
     if not coupled:
         stood = (accepted[counts > 0] > 0).double()
@@ -165,8 +205,30 @@ def test_introspection_counts_tried_drafts_only():
     assert torch.allclose(out.introspection, torch.where(tried > 0, 0.5, 0.0))
 
 
+def test_the_correction_of_a_rejection_that_leaves_nothing_is_drawn_from_p():
+    """p = q bit for bit cannot be rejected; p below q everywhere by rounding can, with p as the limit."""
+    log_p = torch.tensor([[0.25, 0.75, 0.0]] * 3).log()
+    q = torch.tensor([[0.25, 0.75, 0.0], [0.2500001, 0.7500001, 0.0], [0.5, 0.5, 0.0]])
+    left = verify.residual(log_p, q, torch.tensor([True, True, True]))
+    assert torch.allclose(left[:2].exp(), log_p[:2].exp())
+    assert left[2].exp().tolist() == [0.0, 0.25, 0.0]
+    assert torch.allclose(verify.residual(log_p, q, torch.tensor([False] * 3)).exp(), log_p.exp())
+
+
+def test_equal_p_and_q_are_accepted_whatever_the_draw():
+    """The largest draw times q must still round below q."""
+    probs = torch.cat(
+        [torch.rand(200_000, generator=torch.Generator().manual_seed(0)), 2.0 ** -torch.arange(1, 100), torch.ones(1)]
+    )
+    probs = probs[probs > 0]
+    largest = noise._unit(torch.tensor([2**32 - 1]))
+    assert (largest * probs < probs).all()
+
+
 def test_greedy_drafts_stand_exactly_when_they_are_the_argmax():
-    logits = torch.tensor([[[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 5.0, 5.0], [7.0, 7.0, 1.0]]]).expand(4, -1, -1)
+    logits = torch.tensor(
+        [[[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 5.0, 5.0], [7.0, 7.0, 1.0]]]
+    ).expand(4, -1, -1)
     drafts = torch.tensor([[1, 0], [2, 0], [1, 1], [1, 0]])
     counts = torch.tensor([2, 2, 2, 1])
     rows = sampling_rows([GREEDY] * 4, torch.arange(4))

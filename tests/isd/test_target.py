@@ -88,8 +88,12 @@ def test_support_is_that_of_sglangs_torch_sampler(need_min_p):
     batch, vocab = 600, 200
     random = torch.Generator().manual_seed(3)
     probs = torch.softmax(torch.randn(batch, vocab, generator=random) * 2, dim=-1)
-    top_k = torch.where(torch.rand(batch, generator=random) < 0.3, OFF, torch.randint(1, 60, (batch,), generator=random)).int()
-    top_p = torch.where(torch.rand(batch, generator=random) < 0.3, 1.0, torch.rand(batch, generator=random).clamp(min=0.01))
+    top_k = torch.where(
+        torch.rand(batch, generator=random) < 0.3, OFF, torch.randint(1, 60, (batch,), generator=random)
+    ).int()
+    top_p = torch.where(
+        torch.rand(batch, generator=random) < 0.3, 1.0, torch.rand(batch, generator=random).clamp(min=0.01)
+    )
     min_p = torch.rand(batch, generator=random) * 0.3 * need_min_p
     kept = sglang_sampler()(
         probs.clone(), top_k, top_p, min_p, need_min_p, None, torch.zeros(batch), return_filtered_probs=True
@@ -106,7 +110,11 @@ def test_support_is_that_of_sglangs_torch_sampler(need_min_p):
 def test_ties_go_to_the_lower_id():
     probs = torch.tensor([[[0.1, 0.2, 0.2, 0.2, 0.2, 0.1]]])
     off = {"top_k": torch.tensor([OFF]), "top_p": torch.tensor([1.0]), "min_p": torch.tensor([0.0])}
-    cut = lambda **changed: support(probs, **(off | {name: torch.tensor([value]) for name, value in changed.items()}))[0, 0].nonzero()[:, 0].tolist()
+    cut = lambda **changed: (
+        support(probs, **(off | {name: torch.tensor([value]) for name, value in changed.items()}))[0, 0]
+        .nonzero()[:, 0]
+        .tolist()
+    )
     assert cut() == [0, 1, 2, 3, 4, 5]
     assert cut(top_k=1) == [1]
     assert cut(top_k=3) == [1, 2, 3]
@@ -119,13 +127,17 @@ def test_ties_go_to_the_lower_id():
     assert cut(min_p=1.5) == [1]
     assert cut(min_p=0.6, top_k=2) == [1, 2]
     uniform = torch.full((1, 1, 1_000), 1e-3)
-    assert support(uniform, torch.tensor([400]), torch.tensor([1.0]), torch.tensor([0.0]))[0, 0].nonzero()[:, 0].tolist() == list(range(400))
+    assert support(uniform, torch.tensor([400]), torch.tensor([1.0]), torch.tensor([0.0]))[0, 0].nonzero()[
+        :, 0
+    ].tolist() == list(range(400))
 
 
 def test_the_edges_of_top_p_and_min_p_are_inside():
     """A token stays when the mass before it is exactly top-p, or when it is exactly min-p times the most probable."""
     probs = torch.tensor([[[0.125, 0.5, 0.25, 0.125]]])
-    kept = lambda top_p, min_p: support(probs, torch.tensor([OFF]), torch.tensor([top_p]), torch.tensor([min_p])).sum().item()
+    kept = lambda top_p, min_p: (
+        support(probs, torch.tensor([OFF]), torch.tensor([top_p]), torch.tensor([min_p])).sum().item()
+    )
     assert [kept(top_p, 0.0) for top_p in (0.499, 0.5, 0.749, 0.75, 0.874, 0.875)] == [1, 2, 2, 3, 3, 4]
     assert [kept(1.0, min_p) for min_p in (0.501, 0.5, 0.251, 0.25)] == [1, 2, 2, 4]
 
@@ -133,7 +145,12 @@ def test_the_edges_of_top_p_and_min_p_are_inside():
 def test_extreme_parameters_leave_one_token_or_all():
     logits = random_logits(1, 3, 40, 8)
     top = logits.argmax(-1)
-    for params in (Params(top_p=1e-9), Params(min_p=1.0), Params(temperature=1e-4), Params(temperature=1e-4, top_p=0.5)):
+    for params in (
+        Params(top_p=1e-9),
+        Params(min_p=1.0),
+        Params(temperature=1e-4),
+        Params(temperature=1e-4, top_p=0.5),
+    ):
         scores = scores_of(logits, [params])
         assert torch.equal(scores.argmax(-1), top) and not scores.isnan().any()
         assert torch.allclose(scores.exp().sum(-1), torch.ones(1, 3))
@@ -174,7 +191,9 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(vocab):
     for line, one in enumerate(params):
         assert torch.equal(scores_of(logits[line : line + 1], [one])[0], together[line]), one
         for row in range(5):
-            assert torch.equal(scores_of(logits[line : line + 1, row : row + 1].clone(), [one])[0, 0], together[line, row])
+            assert torch.equal(
+                scores_of(logits[line : line + 1, row : row + 1].clone(), [one])[0, 0], together[line, row]
+            )
 
 
 def test_top_p_one_keeps_the_tail_beside_a_truncated_mate():

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,11 @@ def test_every_package_of_the_installed_closure_is_pinned_at_its_version():
 
 def test_nothing_is_pinned_that_nothing_needs():
     assert set(pins()) <= set(closure("idlm-sglang", "test"))
+
+
+def test_the_command_is_installed():
+    (command,) = entry_points(group="console_scripts", name="idlm")
+    assert command.value == "idlm_sglang.serving.cli:main"
 
 
 def test_the_tool_that_builds_the_package_is_pinned():

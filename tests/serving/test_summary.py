@@ -99,7 +99,11 @@ def test_the_stage_follows_the_log_whatever_the_pieces():
         ("[t] fine\nidlm: --page-size 3 is bad; allowed: 1\n[t] idlm: MASK token 3\nValueError: later\n", "idlm: --page-size 3 is bad; allowed: 1"),
         ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: no memory\n[t] SIGQUIT received.\n", "torch.OutOfMemoryError: no memory"),
         ("[2026-01-01 00:00:00] an Error of some kind\n[t] bye\n", "an Error of some kind"),
-        ("all is well\n", None),
+        (
+            "[t] Ignore import error when loading m: x\n[t] Subprocess scheduler_0 (pid=5) crashed with exit code -9.\n[t] SIGQUIT received.\n",
+            "Subprocess scheduler_0 (pid=5) crashed with exit code -9.",
+        ),
+        ("[t] Ignore import error when loading m: x\nall is well\n", None),
         ("ValueError: cut off", "ValueError: cut off"),
     ],
 )

@@ -1,0 +1,169 @@
+"""Tiled attention against the per-request definition, for every kind of batch the scheduler makes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from idlm_sglang.platform import tile_plan
+from idlm_sglang.platform.tiled_attention import Workspace, attend
+from tests.platform.reference import naive_attention, paged_batch
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+# (prefix lengths, new rows): odd lengths, both sides of a tile, of a SIMD vector and of a page.
+BATCHES = {
+    "decode": ([0, 1, 14, 15, 16, 63, 64, 65, 300, 511, 777], [1] * 11),
+    "decode, one request": ([129], [1]),
+    "verify of 7": ([0, 1, 9, 16, 57, 121, 500, 505, 512], [7] * 9),
+    "verify of 15": ([3, 17, 250, 1000], [15] * 4),
+    "prefill": ([0, 0, 0, 0, 0, 0], [1, 5, 127, 128, 129, 300]),
+    "prefill behind a cached prefix": ([16, 1, 400, 128, 33], [16, 300, 128, 1, 77]),
+    "prefill, one chunk": ([96], [32]),
+    "mixed": ([40, 300, 7, 64, 129, 500], [200, 1, 1, 1, 1, 33]),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_equals_the_definition(kind, page_size, dtype):
+    batch = paged_batch(*BATCHES[kind], dtype=dtype, page_size=page_size)
+    error = (batch.attend().double() - naive_attention(batch)).abs().max().item()
+    print(f"{kind}, pages of {page_size}: largest error {error:.1e}")
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("heads", [(8, 8, 32), (6, 2, 48), (5, 1, 16), (16, 2, 128)], ids=str)
+@pytest.mark.parametrize("kind", ["decode", "verify of 7", "mixed"])
+def test_grouped_heads(kind, heads):
+    batch = paged_batch(*BATCHES[kind], heads=heads)
+    assert (batch.attend().double() - naive_attention(batch)).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("limit", ["SLAB_BYTES", "LONE_SLAB_BYTES", "KEPT_MASK_BYTES"])
+@pytest.mark.parametrize("kind", ["decode", "verify of 7", "prefill", "mixed"])
+def test_every_way_of_cutting_slabs_gives_the_same(kind, limit, monkeypatch):
+    whole = paged_batch(*BATCHES[kind]).attend()
+    monkeypatch.setattr(tile_plan, limit, 0)
+    torch.testing.assert_close(paged_batch(*BATCHES[kind]).attend(), whole, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["decode", "verify of 7", "mixed"])
+def test_foreign_and_dummy_slots_are_never_read(kind):
+    """NaN in the dummy slot, in free slots and behind each request's end stays there."""
+    batch = paged_batch(*BATCHES[kind], page_size=16)
+    expected = naive_attention(batch)
+    mine = torch.cat(
+        [
+            batch.req_to_token[row, : prefix + rows]
+            for row, prefix, rows in zip(batch.req_pool_indices, batch.prefix_lens, batch.row_counts)
+        ]
+    ).long()
+    for cache in (batch.k_cache, batch.v_cache):
+        kept = cache[mine]
+        cache.fill_(float("nan"))
+        cache[mine] = kept
+    assert (batch.attend().double() - expected).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_padding_requests_leave_real_rows_alone(rows):
+    """A padding request points at table row 0 (slot 0, here NaN) with no prefix."""
+    real = paged_batch([30, 200, 5], [rows] * 3)
+    for cache in (real.k_cache, real.v_cache):
+        cache[0] = float("nan")
+    padded = paged_batch([30, 200, 5], [rows] * 3)
+    padded.k_cache, padded.v_cache = real.k_cache, real.v_cache
+    padded.req_to_token[0] = 0
+    padded.req_pool_indices = torch.cat([padded.req_pool_indices, torch.tensor([0, 0])])
+    padded.prefix_lens = torch.cat([padded.prefix_lens, torch.tensor([0, 0])])
+    padded.row_counts = torch.cat([padded.row_counts, torch.tensor([rows, rows])])
+    padded.q = torch.cat([padded.q, torch.zeros(2 * rows, *padded.q.shape[1:])])
+    assert torch.equal(padded.attend()[: 3 * rows], real.attend())
+
+
+def test_rows_behind_the_last_request_are_zero():
+    """Token padding of an extend: requests without rows, and rows without a request."""
+    batch = paged_batch([10, 0, 130], [150, 0, 3])
+    plan = batch.plan()
+    q = torch.cat([batch.q, torch.full((5, *batch.q.shape[1:]), float("nan"))])
+    out = attend(q, batch.k_cache, batch.v_cache, plan, Workspace(), batch.scale)
+    assert (out[: plan.num_rows].double() - naive_attention(batch)).abs().max() < TOLERANCE[torch.float32]
+    assert torch.equal(out[plan.num_rows :], torch.zeros(5, *batch.q.shape[1:]))
+
+
+@pytest.mark.parametrize("kind", ["decode", "verify of 7", "prefill behind a cached prefix", "mixed"])
+def test_a_request_does_not_depend_on_its_batch_mates(kind):
+    batch = paged_batch(*BATCHES[kind])
+    together = batch.attend()
+    pairs = [(together[batch.rows_of(i)], batch.alone(i).attend()) for i in range(len(batch.prefix_lens))]
+    difference = max((a - b).abs().max().item() for a, b in pairs)
+    bitwise = sum(torch.equal(a, b) for a, b in pairs)
+    print(f"{kind}: largest difference {difference:.1e}, bitwise equal {bitwise}/{len(pairs)}")
+    assert difference < 2e-6
+
+
+@pytest.mark.parametrize("width", [3, 7, 15])
+def test_verify_rows_equal_decoding_one_row_at_a_time(width):
+    prefix = [0, 12, 60, 255, 500]
+    batch = paged_batch(prefix, [width] * len(prefix))
+    verified = batch.attend().view(len(prefix), width, *batch.q.shape[1:])
+    for row in range(width):
+        step = paged_batch(prefix, [1] * len(prefix))
+        step.k_cache, step.v_cache, step.req_to_token = batch.k_cache, batch.v_cache, batch.req_to_token
+        step.req_pool_indices = batch.req_pool_indices
+        step.q = batch.q.view(len(prefix), width, *batch.q.shape[1:])[:, row].contiguous()
+        step.prefix_lens = batch.prefix_lens + row
+        torch.testing.assert_close(verified[:, row], step.attend(), atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lone_slab_bytes", [tile_plan.LONE_SLAB_BYTES, 0])
+def test_new_visible_hides_new_columns(lone_slab_bytes, monkeypatch):
+    """A different mask per request; the diagonal stays, so that every row sees something."""
+    monkeypatch.setattr(tile_plan, "LONE_SLAB_BYTES", lone_slab_bytes)
+    prefix, width = [0, 5, 64, 300], 7
+    batch = paged_batch(prefix, [width] * len(prefix))
+    new_visible = torch.rand(len(prefix), width, width, generator=torch.Generator().manual_seed(1)) < 0.5
+    new_visible |= torch.eye(width, dtype=torch.bool)
+    hidden = batch.attend(new_visible)
+    assert (hidden.double() - naive_attention(batch, new_visible)).abs().max() < TOLERANCE[torch.float32]
+    assert (hidden - batch.attend()).abs().max() > 1e-2
+
+
+def test_new_visible_refuses_more_rows_than_a_tile():
+    batch = paged_batch([0], [tile_plan.TILE_ROWS + 1])
+    with pytest.raises(ValueError, match="new_visible needs between 1 and 128 new rows"):
+        batch.plan(torch.ones(1, 129, 129, dtype=torch.bool))
+
+
+class _CountOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lone_slab_bytes", [tile_plan.LONE_SLAB_BYTES, 0], ids=["one slab", "sorted slabs"])
+@pytest.mark.parametrize("rows", [[1], [7], [40], [1, 1, 1, 200]], ids=["decode", "verify", "prefill", "mixed"])
+def test_no_loop_over_requests_or_tokens(rows, lone_slab_bytes, monkeypatch):
+    """The same mix of lengths costs the same number of torch operations at 4 and at 64 requests."""
+    monkeypatch.setattr(tile_plan, "LONE_SLAB_BYTES", lone_slab_bytes)
+    counts = {}
+    for copies in (1, 16):
+        batch = paged_batch([30, 90, 100, 20] * copies, (rows * 4)[:4] * copies, heads=(2, 1, 8))
+        with _CountOperations() as operations:
+            batch.attend()
+        counts[4 * copies] = operations.count
+    print(f"torch operations by batch size: {counts}")
+    assert counts[4] == counts[64]
+
+
+def test_many_lengths_need_few_slabs():
+    """256 different lengths up to 4096 at a small shape: slabs follow octaves, not requests."""
+    lengths = [16 * (i + 1) for i in range(256)]
+    batch = paged_batch(lengths, [1] * 256, heads=(2, 1, 4))
+    slabs = len(batch.plan().slabs)
+    print(f"{slabs} slabs for 256 lengths")
+    assert slabs <= 20

@@ -1,0 +1,84 @@
+"""What the platform writes into SGLang's server arguments, and what it refuses."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from idlm_sglang.platform import cpu
+from idlm_sglang.platform.cpu import IdlmCpuPlatform
+
+
+@pytest.fixture(autouse=True)
+def openmp_left_open(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that monkeypatch restores what the platform sets
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _applied(**given):
+    """Arguments after the platform, as SGLang's resolution presents them on a CPU before it."""
+    args = SimpleNamespace(
+        **{
+            "device": "cpu",
+            "attention_backend": "intel_amx",
+            "prefill_attention_backend": None,
+            "decode_attention_backend": None,
+            "sampling_backend": "pytorch",
+            "max_total_tokens": None,
+            "max_running_requests": None,
+            "chunked_prefill_size": None,
+        }
+        | given
+    )
+    IdlmCpuPlatform().apply_server_args_defaults(args)
+    return args
+
+
+def test_defaults_fit_a_small_machine():
+    args = _applied()
+    assert (args.attention_backend, args.sampling_backend) == ("torch_native", "pytorch")
+    assert args.max_total_tokens == cpu.DEFAULT_MAX_TOTAL_TOKENS
+    assert args.max_running_requests == cpu.DEFAULT_MAX_RUNNING_REQUESTS
+    assert args.chunked_prefill_size == cpu.DEFAULT_CHUNKED_PREFILL_SIZE
+
+
+@pytest.mark.parametrize("field", ["max_total_tokens", "max_running_requests", "chunked_prefill_size"])
+def test_what_the_user_gave_stays(field):
+    assert getattr(_applied(**{field: 32}), field) == 32
+
+
+def test_openmp_threads_spin_briefly_unless_told_otherwise(monkeypatch):
+    _applied()
+    assert os.environ["GOMP_SPINCOUNT"] == cpu.OPENMP_SPIN_COUNT
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    _applied()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    _applied()
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_another_device_is_refused():
+    with pytest.raises(ValueError, match="--device cuda: this machine has no accelerator; allowed: cpu"):
+        _applied(device="cuda")
+
+
+@pytest.mark.parametrize("field", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"])
+@pytest.mark.parametrize("backend", ["fa3", "flashinfer", "triton"])
+def test_backends_that_need_an_accelerator_are_refused(field, backend):
+    flag = "--" + field.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{flag} {backend}: .*allowed: torch_native"):
+        _applied(**{field: backend})
+
+
+def test_interpreted_triton_is_allowed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _applied(attention_backend="triton").attention_backend == "triton"
+
+
+def test_serves_isd_and_no_algorithm_that_needs_a_draft_model_on_a_gpu():
+    platform = IdlmCpuPlatform()
+    assert platform.supports_speculative_algorithm("ISD")
+    assert not platform.supports_speculative_algorithm("EAGLE")
