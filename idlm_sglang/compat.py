@@ -135,7 +135,23 @@ def model_class_on_demand(*args, **kwargs) -> None:
     ModelRegistry.models[IDLMForCausalLM.__name__] = IDLMForCausalLM
 
 
-# --- 4. Admission ------------------------------------------------------------------------------------------------
+# --- 4. What cannot be served ------------------------------------------------------------------------------------
+
+
+def refuse_before_resolution(server_args) -> None:
+    """What: before SGLang resolves its arguments, those that ISD does not serve are refused as typed.
+    Why: a registered algorithm is asked late: until then some are rewritten (``--enable-dp-attention``), dropped
+    (``--speculative-adaptive``), or fail elsewhere with a stack trace.
+    Guard: the hook applied; the table of refusals in tests/serving.
+    Goes when: ``CustomSpecAlgo.validate_server_args`` runs on the raw arguments.
+    """
+    from idlm_sglang.engine.algorithm import refuse_unserved
+
+    if (server_args.speculative_algorithm or "").upper() == ALGORITHM:
+        refuse_unserved(server_args)
+
+
+# --- 5. Admission ------------------------------------------------------------------------------------------------
 
 
 def admit(scheduler, req, is_retracted: bool = False) -> None:
@@ -158,7 +174,7 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         scheduler.init_req_max_new_tokens(req)
 
 
-# --- 5. Metrics --------------------------------------------------------------------------------------------------
+# --- 6. Metrics --------------------------------------------------------------------------------------------------
 
 
 def count_decode(original: Callable, processor, batch, result) -> Any:
@@ -178,7 +194,7 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     return out
 
 
-# --- 6. Switching the stride while serving -----------------------------------------------------------------------
+# --- 7. Switching the stride while serving -----------------------------------------------------------------------
 
 
 def stride_handler(handlers: dict, state) -> dict | None:
@@ -232,6 +248,7 @@ PATCHES = (
     Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
+    Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(
         _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode",

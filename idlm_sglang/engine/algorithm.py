@@ -29,6 +29,8 @@ _REFUSED = (
     ("dcp_size", lambda v: (v or 1) > 1, "--dcp-size", "1"),
     ("attn_cp_size", lambda v: (v or 1) > 1, "--attn-cp-size", "1"),
     ("enable_dp_attention", bool, "--enable-dp-attention", "off (--dp-size alone is fine)"),
+    ("attn_dp_size", lambda v: (v or 1) > 1, "--attn-dp-size", "1 (--dp-size alone is fine)"),
+    ("max_running_requests", lambda v: v is not None and v < 1, "--max-running-requests", "an integer >= 1"),
     ("disaggregation_mode", lambda v: v not in (None, "null"), "--disaggregation-mode", "null"),
     ("tokenizer_worker_num", lambda v: v > 1, "--tokenizer-worker-num", "1: further HTTP workers load no plugins"),
     ("enable_hierarchical_cache", bool, "--enable-hierarchical-cache", "off"),

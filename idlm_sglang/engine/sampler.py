@@ -1,32 +1,53 @@
 """SGLang's sampler with token-keyed noise for seeded requests.
 
-Prefill and one-token-per-step decode choose here what the strided worker chooses by the coupled rule, so that a seeded
-request reads the same at any stride. Batches without a seeded request take SGLang's own path, untouched.
+Prefill and one-token-per-step decode choose here what the strided worker chooses by the coupled rule, from the same
+``target_scores``, so that a seeded request reads the same at any stride. Batches without a seeded request take
+SGLang's own path, untouched.
 """
 
 import torch
 from sglang.srt.layers.sampler import Sampler, _SamplingMaskCapture, _select_sampling_mask_rows
 
 from idlm_sglang.isd import noise
-from idlm_sglang.isd.target import support
+from idlm_sglang.isd.target import SamplingRows, target_scores
 
 
 class TokenKeyedSampler(Sampler):
     """Draws by ``argmax(log p + g)``, g keyed by (seed, position, token id), when the batch carries ``idlm_seeds``."""
 
-    def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):
+    _scores: torch.Tensor | None = None
+
+    def _preprocess_logits(self, logits, sampling_info):
+        logits = super()._preprocess_logits(logits, sampling_info)
         seeds = getattr(sampling_info, "idlm_seeds", None)
-        if seeds is None:
+        # Here the logits are still logits; what _sample_from_probs is handed has been through a softmax, whose
+        # logarithm differs from the strided worker's scores in the last bits.
+        self._scores = None if seeds is None or sampling_info.is_all_greedy else self._target(logits, sampling_info, seeds)
+        return logits
+
+    @staticmethod
+    def _target(logits, info, seeds) -> torch.Tensor:
+        rows = SamplingRows(
+            temperature=info.temperatures.view(-1),
+            top_k=info.top_ks,
+            top_p=info.top_ps,
+            min_p=info.min_ps,
+            seed=seeds,
+            coupled=torch.ones_like(info.top_ks, dtype=torch.bool),
+            any_sampled=True,
+            any_truncated=info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling,
+            any_rejection=False,
+        )
+        return target_scores(logits.float()[:, None], rows)[:, 0]
+
+    def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):
+        scores, self._scores = self._scores, None
+        if scores is None:
             return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
-        scores = probs.float().log()
-        greedy = sampling_info.top_ks <= 1
-        if not simple_sampling_case:
-            keep = support(probs[:, None].float(), sampling_info.top_ks, sampling_info.top_ps, sampling_info.min_ps)
-            scores = scores.masked_fill(~keep[:, 0], float("-inf"))
-        g = noise.gumbel(seeds, positions.view(-1, 1), probs.shape[-1])[:, 0]
-        tokens = torch.where(greedy, probs.argmax(-1), (scores + g).argmax(-1))
+        g = noise.gumbel(sampling_info.idlm_seeds, positions.view(-1, 1), scores.shape[-1])[:, 0]
+        tokens = torch.where(sampling_info.top_ks <= 1, scores.argmax(-1), (scores + g).argmax(-1))
         rows = sampling_info.sampling_mask_batch_indices
         if rows is None:
             return tokens, None
-        weights = _select_sampling_mask_rows(scores.exp(), rows)
+        weights = _select_sampling_mask_rows(torch.softmax(scores, dim=-1), rows)
         return tokens, _SamplingMaskCapture(weights=weights, token_ids=None, selected_weight=None, batch_rows=rows)

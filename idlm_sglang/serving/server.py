@@ -55,7 +55,6 @@ def resolve(argv: list[str]) -> Any:
     from sglang.srt.server_args import prepare_server_args
 
     from idlm_sglang import compat
-    from idlm_sglang.engine.algorithm import refuse_unserved
 
     load_plugins()
     # ISD asserts this itself; an AR server without the plugin would be a silent surprise.
@@ -65,9 +64,6 @@ def resolve(argv: list[str]) -> Any:
         server_args = prepare_server_args(argv)
     finally:
         argparse.ArgumentParser.error = usual
-    if (server_args.speculative_algorithm or "").upper() == ALGORITHM:
-        # On what was typed: resolution rewrites some of it, and looks for some of it far away.
-        refuse_unserved(server_args)
     try:
         server_args.resolve_once()
     except OSError as error:

@@ -23,8 +23,11 @@ def served(tmp_path):
     output = tmp_path / "output"
     with output.open("wb") as out:
         process = subprocess.Popen(
-            # Idle schedulers would spin on the cores that the tests share.
-            [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(free_port()), "--log-file", str(tmp_path / "log"), "--sleep-on-idle"],
+            [
+                *(sys.executable, "-m", "idlm_sglang.serving.cli", "serve"),
+                *("--port", str(free_port()), "--log-file", str(tmp_path / "log")),
+                "--sleep-on-idle",  # idle schedulers would spin on the cores that the tests share
+            ],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

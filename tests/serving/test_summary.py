@@ -97,7 +97,7 @@ def test_the_stage_follows_the_log_whatever_the_pieces():
     ("log", "reason"),
     [
         ("[t] fine\nidlm: --page-size 3 is bad; allowed: 1\n[t] idlm: MASK token 3\nValueError: later\n", "idlm: --page-size 3 is bad; allowed: 1"),
-        ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: no memory\n[t] SIGQUIT received.\n", "torch.OutOfMemoryError: no memory"),
+        ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: full\n[t] SIGQUIT received.\n", "torch.OutOfMemoryError: full"),
         ("[2026-01-01 00:00:00] an Error of some kind\n[t] bye\n", "an Error of some kind"),
         (
             "[t] Ignore import error when loading m: x\n[t] Subprocess scheduler_0 (pid=5) crashed with exit code -9.\n[t] SIGQUIT received.\n",
