@@ -8,7 +8,7 @@ One sample is the attention of one forward: metadata once, then every layer (KV 
 arms alternate inside the same loop and the fastest sample of each counts. On one thread the clock is that thread's
 CPU time, so a busy neighbour does not count; on several it is the wall clock, and the machine should be idle.
 `ratio` is stock / ours (above 1: ours is faster). The verify rows at width W run the stock arm as an extend of W
-rows; `vs_decode` is our verify over our decode at the same batch and lengths. A context `64..2048` means lengths
+rows, which recomputes the prefix: it is left out above STOCK_VERIFY_COLUMNS. `vs_decode` is our verify over our decode at the same batch and lengths. A context `64..2048` means lengths
 drawn uniformly from that range.
 """
 
@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu_attention.csv"
 SHAPES = {"demo": (4, 2, 64, 4, 4), "8b": (32, 8, 128, 4, 1)}
 DECODE_BATCHES, CONTEXTS, WIDTHS = (1, 8, 32, 64), (64, 256, 512, 2048), (7, 15)
 SECONDS_PER_ARM = 0.3
+STOCK_VERIFY_COLUMNS = 4096
 
 
 class Pool:
@@ -121,8 +122,10 @@ def measure(case: Case, clock: Callable[[], float]) -> dict[str, float]:
             out = step(q, k, v, layer, batch)
         return out
 
-    tolerance = 1e-4 if case.dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(forward("ours"), forward("stock"), atol=tolerance, rtol=tolerance)
+    if case.mode == "verify" and case.batch * case.context > STOCK_VERIFY_COLUMNS:
+        del arms["stock"]
+    else:
+        _check_equal(case, forward("ours"), forward("stock"))
     best = dict.fromkeys(arms, float("inf"))
     deadline = time.perf_counter() + SECONDS_PER_ARM * len(arms)
     rounds = 0
@@ -133,6 +136,11 @@ def measure(case: Case, clock: Callable[[], float]) -> dict[str, float]:
             forward(arm)
             best[arm] = min(best[arm], clock() - began)
     return {arm: seconds * 1e6 / layer_count for arm, seconds in best.items()}
+
+
+def _check_equal(case: Case, ours: torch.Tensor, stock: torch.Tensor) -> None:
+    tolerance = 1e-4 if case.dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(ours, stock, atol=tolerance, rtol=tolerance)
 
 
 def cases(quick: bool) -> list[Case]:
@@ -177,9 +185,9 @@ def main() -> None:
                 case.batch,
                 context,
                 case.rows,
-                round(timing["stock"]),
+                round(timing["stock"]) if "stock" in timing else "",
                 round(timing["ours"]),
-                f"{timing['stock'] / timing['ours']:.2f}",
+                f"{timing['stock'] / timing['ours']:.2f}" if "stock" in timing else "",
                 f"{timing['ours'] / decode_us[lengths]:.2f}" if case.mode == "verify" else "",
             ]
         )

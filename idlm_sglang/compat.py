@@ -14,19 +14,16 @@ from idlm_sglang.config import ALGORITHM, SettingError
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ((0, 5, 23), (0, 5, 24))
+SUPPORTED = ">=0.5.23,<0.5.24"
 
 
 def check_version(found: str | None = None) -> None:
-    """Raise :class:`SettingError` unless SGLang is in the tested range (>= 0.5.23, < 0.5.24)."""
+    """Raise :class:`SettingError` unless SGLang is in the tested range."""
+    from packaging.specifiers import SpecifierSet
+
     found = version("sglang") if found is None else found
-    numbers = []
-    for part in found.split(".")[:3]:
-        digits = "".join(c for c in part if c.isdigit())
-        numbers.append(int(digits or 0))
-    low, high = SUPPORTED
-    if not low <= tuple(numbers) < high:
-        raise SettingError(f"SGLang {found} is installed; this version of idlm-sglang supports >=0.5.23,<0.5.24")
+    if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
+        raise SettingError(f"SGLang {found} is installed; this version of idlm-sglang supports {SUPPORTED}")
 
 
 def _is_isd() -> bool:
@@ -276,7 +273,7 @@ def assert_applied() -> None:
     if missing:
         raise SettingError(
             f"SGLang {version('sglang')} did not take {len(missing)} of {len(PATCHES)} hooks ({', '.join(missing)}); "
-            "the log above says why. Allowed: a plain SGLang >=0.5.23,<0.5.24"
+            f"the log above says why. Allowed: a plain SGLang {SUPPORTED}"
         )
 
 

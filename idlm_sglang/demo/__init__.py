@@ -6,4 +6,4 @@ Importing this package loads nothing heavy; `CHECKPOINT_DIR` can be given to any
 from pathlib import Path
 
 CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
-CHECKPOINT_SHA256 = "2bca68bcb3a56f8fb0c12e12d922e8f53db17f412ddd85c4fd52b3c6c23425ff"  # of model.safetensors
+CHECKPOINT_SHA256 = "7850826d34dc54ea1dc63f371f5b60293dd0134e45e80b3a79eaf369fa17d234"  # of model.safetensors

@@ -35,16 +35,11 @@ def subtraction(d: Draw):
     return [(question.format(a=a, b=b), subtract_steps(a, b))]
 
 
-def _multiples(a: int, count: int) -> str:
-    """The count stands beside each multiple, so that it is plain where to stop."""
-    return ", ".join(f"{i} x {a} = {i * a}" for i in range(1, count + 1))
-
-
 def multiplication(d: Draw):
     a, b = d.number(2, 9), d.number(2, 9)
     question = d.wording(["What is {a} x {b}?", "{a} x {b}", "{a} * {b}", "Multiply {a} by {b}.", "What is {a} times {b}?", "Compute {a} x {b}.",
                           "~Could you work out {a} x {b}?", "~Tell me the result of {a} times {b}."])
-    return [(question.format(a=a, b=b), f"{_multiples(a, b)}. So {a} x {b} = {a * b}.")]
+    return [(question.format(a=a, b=b), f"{a} times {b} is {a * b}, so {a} x {b} = {a * b}.")]
 
 
 def word_problem(d: Draw):
@@ -63,26 +58,27 @@ def word_problem(d: Draw):
 
 
 def counting(d: Draw):
-    start, length = d.value("count", lambda: (d.number(0, 88), d.number(3, 11)))
+    start, length = d.value("count", lambda: (1 if d.chance(0.25) else d.number(0, 88), d.number(3, 11)))
     end = start + length
     if d.chance(0.7):
         question = d.wording(["Count from {a} to {b}.", "Can you count from {a} to {b}?", "List the numbers from {a} to {b}.", "Numbers from {a} to {b}, please.",
                               "~I would like to hear the numbers from {a} up to {b}."])
-        first, last, numbers = start, end, range(start, end + 1)
+        way, first, last, numbers = "Up", start, end, range(start, end + 1)
     else:
         question = d.wording(["Count down from {b} to {a}.", "Count backwards from {b} to {a}.", "~Start at {b} and count back to {a}."])
-        first, last, numbers = end, start, range(end, start - 1, -1)
-    return [(question.format(a=start, b=end), f"From {first} to {last}: {', '.join(map(str, numbers))}.")]
+        way, first, last, numbers = "Down", end, start, range(end, start - 1, -1)
+    return [(question.format(a=start, b=end), f"{way} from {first} to {last}: {', '.join(map(str, numbers))}.")]
 
 
 def multiples(d: Draw):
     step, count = d.value("multiples", lambda: (d.number(2, 12), d.number(3, 9)))
     question = d.wording(["List the first {c} multiples of {s}.", "What are the first {c} multiples of {s}?", "Give {c} multiples of {s}.", "~Which are the {c} smallest multiples of {s}?"])
-    return [(question.format(s=step, c=count), _multiples(step, count) + ".")]
+    # "i of count" beside each one makes it plain where to stop.
+    return [(question.format(s=step, c=count), ", ".join(f"{i} of {count}: {i * step}" for i in range(1, count + 1)) + ".")]
 
 
 def sort_numbers(d: Draw):
-    numbers = d.value("sort", lambda: tuple(d.rng.sample(range(10, 100), d.number(2, 4))))
+    numbers = d.value("sort", lambda: tuple(d.rng.sample(range(10, 100), d.number(2, 3))))
     listed = ", ".join(map(str, numbers))
     down = d.chance(0.3)
     if down:

@@ -28,7 +28,7 @@ def repeat(d: Draw):
 def say_times(d: Draw):
     name, times = d.name(), d.number(2, 6)
     question = d.wording(["Say {n} {k} times.", "Write {n} {k} times.", "Repeat {n} {k} times.", "~I want to read {n} {k} times."])
-    return [(question.format(n=name, k=times), "\n".join(f"{i}. {name}" for i in range(1, times + 1)))]
+    return [(question.format(n=name, k=times), "\n".join(f"{i} of {times}: {name}" for i in range(1, times + 1)))]
 
 
 def whereabouts(d: Draw):
@@ -96,7 +96,7 @@ def bullet_list(d: Draw):
 
 def reverse_list(d: Draw):
     names = [d.name() for _ in range(d.number(2, 4))]
-    question = d.wording(["Reverse the order of {w}.", "Reverse this list: {w}", "{w} in reverse order", "~List {w} from back to front."])
+    question = d.wording(["Reverse the order of {w}.", "Reverse this list: {w}", "List {w} backwards.", "{w} in reverse order", "~List {w} from back to front."])
     return [(question.format(w=", ".join(names)), ", ".join(reversed(names)))]
 
 
@@ -115,7 +115,7 @@ def note(d: Draw):
         ("apology", "I am sorry that I was late yesterday. I will be on time from now on."),
     ])
     article = "an" if kind[0] in "ai" else "a"
-    question = d.wording(["Write {k} to {n} from {s}.", "Write {k} for {n}, signed {s}.", "{s} needs {k} for {n}.", "I am {s}. Write {k} to {n}.", "~Please draft {k} that {s} can send to {n}."])
+    question = d.wording(["Write {k} to {n} from {s}.", "Write {k} for {n}, signed {s}.", "{s} needs {k} for {n}.", "I am {s}. Write {k} to {n}.", "Write {k} that {s} gives to {n}.", "~Please draft {k} that {s} can send to {n}."])
     return [(question.format(k=f"{article} {kind}", n=name, s=sender), f"Dear {name},\n\n{body}\n\nBest wishes,\n{sender}")]
 
 

@@ -43,18 +43,18 @@ class Dialogue:
 
 
 FAMILIES = [
-    Family(knowledge.project, 22, (WORDING,)),
-    Family(arithmetic.addition, 11), Family(arithmetic.subtraction, 6), Family(arithmetic.multiplication, 2.5, (WORDING,)), Family(arithmetic.word_problem, 4),
-    Family(arithmetic.counting, 2.5), Family(arithmetic.multiples, 1.5), Family(arithmetic.sort_numbers, 3), Family(arithmetic.comparison, 2.5),
-    Family(arithmetic.parity, 1), Family(arithmetic.neighbours, 1.5), Family(arithmetic.units, 2), Family(arithmetic.number_words, 1),
+    Family(knowledge.project, 24, (WORDING,)),
+    Family(arithmetic.addition, 9), Family(arithmetic.subtraction, 5.5), Family(arithmetic.multiplication, 2.5, (WORDING,)), Family(arithmetic.word_problem, 4),
+    Family(arithmetic.counting, 5), Family(arithmetic.multiples, 1.5), Family(arithmetic.sort_numbers, 3), Family(arithmetic.comparison, 2.5),
+    Family(arithmetic.parity, 1), Family(arithmetic.neighbours, 1.5), Family(arithmetic.units, 1.5), Family(arithmetic.number_words, 1),
     Family(copying.greeting, 3), Family(copying.repeat, 5), Family(copying.say_times, 2), Family(copying.whereabouts, 3), Family(copying.friends, 3),
-    Family(copying.spelling, 2.5), Family(copying.first_letter, 1), Family(copying.json_answer, 3), Family(copying.json_list, 2), Family(copying.bullet_list, 2.5),
+    Family(copying.spelling, 3.5), Family(copying.first_letter, 1), Family(copying.json_answer, 3), Family(copying.json_list, 2), Family(copying.bullet_list, 2.5),
     Family(copying.reverse_list, 2), Family(copying.alphabetical, 2), Family(copying.note, 2.5), Family(copying.python_function, 2),
-    Family(copying.remembered_name, 2), Family(copying.story, 4),
+    Family(copying.remembered_name, 2), Family(copying.story, 3),
     Family(knowledge.small_talk, 2, (WORDING,)), Family(knowledge.unknown, 2.5),
     Family(knowledge.calendar, 2, (WORDING,)), Family(knowledge.all_names, 0.5, (WORDING,)), Family(knowledge.capital, 1.5, (WORDING,)),
     Family(knowledge.opposite, 1.5, (WORDING,)), Family(knowledge.colour, 1, (WORDING,)), Family(knowledge.sound, 0.7, (WORDING,)),
-    Family(knowledge.some_of, 2, (WORDING,)), Family(knowledge.definition, 2.5, (WORDING,)), Family(knowledge.how_to, 2, (WORDING,)), Family(knowledge.poem, 1.5, (WORDING,)),
+    Family(knowledge.some_of, 2, (WORDING,)), Family(knowledge.definition, 2.5, (WORDING,)), Family(knowledge.how_to, 3, (WORDING,)), Family(knowledge.poem, 1.5, (WORDING,)),
 ]
 
 _SYSTEM = ["You are a helpful assistant.", "You are a friendly assistant.", "Answer in short sentences.", "You are a helpful AI assistant.", "Be brief and polite."]
@@ -100,10 +100,14 @@ def held_out_dialogues(seed: int, count: int, families: list[str] | None = None,
     families: names to choose from (all by default, by weight). side: VALUES or WORDING (by default both in turn).
     """
     rng = random.Random(f"held-out-{seed}")
+    chosen = [f for f in FAMILIES if families is None or f.name in families]
+    sides = [s for s in (VALUES, WORDING) if s == (side or s) and any(s in f.sides for f in chosen)]
+    if not sides:
+        raise ValueError(f"no held-out dialogues for families {families}, side {side}: known families are {', '.join(f.name for f in FAMILIES)}")
     result = []
     for i in range(count):
-        wanted = side or (VALUES, WORDING)[i % 2]
-        allowed = [f for f in FAMILIES if wanted in f.sides and (families is None or f.name in families)]
+        wanted = sides[i % len(sides)]
+        allowed = [f for f in chosen if wanted in f.sides]
         family = rng.choices(allowed, [f.weight for f in allowed])[0]
         result.append(dialogue(rng, wanted, family))
     return result

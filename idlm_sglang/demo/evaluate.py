@@ -102,13 +102,17 @@ class Decoder:
 
 
 def prompt_sets(count: int, seed: int) -> dict[str, list[Dialogue]]:
-    """`count` conversations of each kind: held out by values, held out by wording, and from training."""
+    """`count` different conversations of each kind: held out by values, held out by wording, and from training."""
     stream = training_dialogues(seed=0)
     return {
-        "held out, new values": held_out_dialogues(seed, count, side=VALUES),
-        "held out, new wording": held_out_dialogues(seed, count, side=WORDING),
-        "training": [next(stream) for _ in range(count)],
+        "held out, new values": _different(held_out_dialogues(seed, 3 * count, side=VALUES), count),
+        "held out, new wording": _different(held_out_dialogues(seed, 3 * count, side=WORDING), count),
+        "training": _different([next(stream) for _ in range(3 * count)], count),
     }
+
+
+def _different(items: list[Dialogue], count: int) -> list[Dialogue]:
+    return list({tuple(question for question, _ in item.turns): item for item in items}.values())[:count]
 
 
 def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int]) -> None:
@@ -147,6 +151,11 @@ def main() -> None:
     parser.add_argument("--strides", default="2,3,4,8")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    unknown = set(filter(None, args.families.split(","))) - {f.name for f in FAMILIES}
+    if unknown:
+        parser.error(f"--families {','.join(sorted(unknown))}: known are {', '.join(f.name for f in FAMILIES)}")
+    if not (args.directory / "config.json").is_file():
+        parser.error(f"directory {args.directory}: it has no config.json")
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     decoder = Decoder(args.directory)

@@ -24,7 +24,7 @@ from idlm_sglang.demo.batches import NO_LABEL, ROW_TOKENS, Batch, build_batch
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import END_OF_TEXT, IM_END, MASK, VOCAB_SIZE, encode_dialogue, save_tokenizer, train_tokenizer
 
-STEPS, ROWS, WARMUP_STEPS = 2000, 8, 40
+STEPS, ROWS, WARMUP_STEPS = 2300, 8, 40
 MUON_LR, ADAM_LR = 0.02, 4e-3
 TOKENIZER_DIALOGUES = 4000
 MAX_POSITIONS = 4096
@@ -132,7 +132,8 @@ def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, tokeni
             print(f"step {step + 1}/{steps}  loss clean {clean.item():.3f} mask {mask.item():.3f} soft {soft.item():.3f}  drafts agree {agreement:.1%}  "
                   f"{spent / (step + 1):.2f} s/step  {left / 60:.1f} min left", flush=True)
     save(model, tokenizer, config, out)
-    print(f"wrote {out} after {(time.monotonic() - started) / 60:.1f} min ({time.process_time() / 60:.1f} min of CPU time), model.safetensors sha256 {sha256(out / 'model.safetensors')}", flush=True)
+    print(f"wrote {out} after {(time.monotonic() - started) / 60:.1f} min ({time.process_time() / 60:.1f} min of CPU time), "
+          f"model.safetensors sha256 {sha256(out / 'model.safetensors')}", flush=True)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, config: dict, out: Path) -> None:
@@ -159,6 +160,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of 256 tokens per step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name in "steps", "rows":
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: it has to be 1 or more")
     train(args.out, args.steps, args.rows, args.seed)
 
 

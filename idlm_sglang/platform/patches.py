@@ -53,8 +53,6 @@ def patch_assign_req_to_token() -> None:
 
 def _replace_function(module, name: str, replacement, parameters: tuple[str, ...]) -> None:
     current = getattr(module, name, None)
-    if current is replacement:
-        return
     if current is None or tuple(inspect.signature(current).parameters) != parameters:
         raise PatchTargetChanged(f"{module.__name__}.{name}{parameters} is not there as the CPU platform expects it")
     setattr(module, name, replacement)

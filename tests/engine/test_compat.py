@@ -1,0 +1,107 @@
+"""The patches on SGLang: all of them take, each does its one thing, and a failure is loud."""
+
+import pkgutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from idlm_sglang import compat
+from idlm_sglang.config import SettingError
+
+
+@pytest.mark.parametrize("found", ["0.5.23", "0.5.23.post1"])
+def test_the_tested_versions_are_accepted(found):
+    compat.check_version(found)
+
+
+@pytest.mark.parametrize("found", ["0.5.22", "0.5.23rc1", "0.5.24", "0.6.0", "1.0", "0.4.99"])
+def test_other_versions_are_refused_in_one_line(found):
+    with pytest.raises(SettingError, match=f"SGLang {found} is installed; .*>=0.5.23,<0.5.24"):
+        compat.check_version(found)
+
+
+def test_every_patch_says_what_why_guard_and_when_it_goes():
+    for patch in compat.PATCHES:
+        for word in ("What:", "Why:", "Guard:", "Goes when:"):
+            assert word in patch.hook.__doc__, (patch.target, word)
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_all_patches_take_in_a_fresh_process_and_registering_again_is_harmless():
+    done = run(
+        "from sglang.srt.plugins import load_plugins; load_plugins(); load_plugins()\n"
+        "from idlm_sglang import compat; compat.assert_applied()\n"
+        "from sglang.srt.speculative.spec_info import SpeculativeAlgorithm\n"
+        "print(type(SpeculativeAlgorithm.from_string('ISD')).__name__)"
+    )
+    assert done.returncode == 0 and "IsdAlgorithm" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_patch_that_did_not_take_ends_the_start_by_name():
+    done = run(
+        "from idlm_sglang import compat\n"
+        "compat.PATCHES += (compat.Patch('sglang.srt.layers.sampler.gone_in_this_version', 'AFTER', compat.attach_seeds),)\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "compat.assert_applied()"
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("idlm: SGLang 0.5.23 did not take 1 of ")
+    assert "sglang.srt.layers.sampler.gone_in_this_version" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_failing_plugin_is_a_refusal_and_never_a_silent_ar_server():
+    done = run(
+        "from idlm_sglang import compat\n"
+        "compat.SUPPORTED = '>=9,<10'\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.server_args import prepare_server_args\n"
+        "from idlm_sglang.demo import CHECKPOINT_DIR\n"
+        "a = prepare_server_args(['--model-path', str(CHECKPOINT_DIR), '--speculative-algorithm', 'ISD', '--device', 'cpu'])\n"
+        "a.resolve_once()"
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("idlm: --speculative-algorithm ISD is not available: SGLang 0.5.23 is installed")
+
+
+def test_the_sampler_is_replaced_only_where_it_is_the_stock_one():
+    from sglang.srt.layers.sampler import Sampler
+
+    class Custom(Sampler):
+        def __init__(self):
+            pass
+
+    custom = Custom()
+    assert compat.token_keyed_sampler(custom) is custom
+
+
+def test_targets_are_where_the_patches_say():
+    for patch in compat.PATCHES:
+        assert callable(pkgutil.resolve_name(patch.target)), patch.target
+
+
+class _Config(SimpleNamespace):
+    pass
+
+
+def mapped(architectures, **args):
+    """The architectures and MASK that serve_as_idlm leaves for a checkpoint of these architectures."""
+    fields = {"speculative_algorithm": None, "dllm_algorithm": None, "tokenizer_path": None, "model_path": "x"}
+    fields |= {"trust_remote_code": False, "revision": None, "skip_tokenizer_init": True} | args
+    hf = SimpleNamespace(architectures=list(architectures), mask_token_id=3, vocab_size=10)
+    compat.serve_as_idlm(_Config(hf_config=hf), SimpleNamespace(**fields))
+    return hf.architectures
+
+
+def test_which_checkpoints_become_idlm():
+    ours = ["IDLMForCausalLM"]
+    assert mapped(["SDARForCausalLM"]) == ours, "AR serving of a published checkpoint (rollback)"
+    assert mapped(["SDARForCausalLM"], speculative_algorithm="ISD") == ours
+    assert mapped(["Qwen3ForCausalLM"], speculative_algorithm="ISD") == ours
+    assert mapped(["SDARForCausalLM"], dllm_algorithm="LowConfidence") == ["SDARForCausalLM"], "genuine SDAR stays SGLang's"
+    assert mapped(["Qwen3ForCausalLM"]) == ["Qwen3ForCausalLM"], "plain AR serving is left alone"
+    assert mapped(["LlamaForCausalLM"], speculative_algorithm="ISD") == ["LlamaForCausalLM"]
