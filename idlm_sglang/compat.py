@@ -61,6 +61,8 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     if info is None:
         return
     info.idlm_seeds = None
+    if info.sampling_seed is not None:
+        return  # --enable-deterministic-inference in AR serving: SGLang's own seeds, batch-mates included
     if not any(req.sampling_params.sampling_seed is not None for req in batch.reqs):
         return
     import torch
@@ -142,10 +144,21 @@ def refuse_before_resolution(server_args) -> None:
     Guard: the hook applied; the table of refusals in tests/serving.
     Goes when: ``CustomSpecAlgo.validate_server_args`` runs on the raw arguments.
     """
-    from idlm_sglang.engine.algorithm import refuse_unserved
+    from idlm_sglang.engine.algorithm import choose_backend, refuse_unserved
 
     if (server_args.speculative_algorithm or "").upper() == ALGORITHM:
         refuse_unserved(server_args)
+        choose_backend(server_args)
+
+
+def grammar_waits(result: bool, scheduler, batch, last_batch) -> bool:
+    """What: ``Scheduler.is_disable_overlap_for_batch`` also waits before a mixed batch with a grammar.
+    Why: it waits only before decode batches; a mixed one would sample with the automaton one token behind.
+    Guard: the hook applied; grammars under overlap and mixed chunks are compared with AR.
+    Goes when: the test in SGLang covers every batch that samples for a grammar request.
+    """
+    waiting = bool(batch) and batch.forward_mode.is_mixed() and batch.has_grammar and len(scheduler.result_queue) > 0
+    return result or (_is_isd() and waiting)
 
 
 # --- 5. Admission ------------------------------------------------------------------------------------------------
@@ -246,6 +259,7 @@ PATCHES = (
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
+    Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(
         _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode",

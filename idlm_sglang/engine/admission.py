@@ -1,7 +1,21 @@
 """What a request may ask for, and what it gets: decided once, from the request alone."""
 
+import logging
+
 from idlm_sglang.config import Settings
-from idlm_sglang.engine.requests import REFUSED, SINGLE, STRIDE_PARAM, STRIDED, RequestPlan, derived_seed, next_number, signed64
+from idlm_sglang.engine.requests import REFUSED, SINGLE, STRIDE_PARAM, STRIDED, RequestPlan, derived_seed, next_number
+
+logger = logging.getLogger(__name__)
+
+_TOP_K_MAX = 2**31 - 1
+# A bias beyond this turns into inf or NaN when a logit or 1 / temperature is applied in float32.
+_BIAS_MAX = 1e30
+
+
+def _asked_stride(req):
+    """``custom_params.idlm_stride`` as given, or None. ``/generate`` lets ``custom_params`` be of any type."""
+    params = req.sampling_params.custom_params
+    return params.get(STRIDE_PARAM) if isinstance(params, dict) else None
 
 
 def _refusal(req, settings: Settings) -> tuple[str, str] | None:
@@ -11,7 +25,15 @@ def _refusal(req, settings: Settings) -> tuple[str, str] | None:
         return "lora", "per-request LoRA adapters are not available with --speculative-algorithm ISD"
     if req.return_sampling_mask:
         return "sampling_mask", "return_sampling_mask is not available with --speculative-algorithm ISD"
-    stride = (req.sampling_params.custom_params or {}).get(STRIDE_PARAM)
+    params = req.sampling_params
+    if params.custom_params is not None and not isinstance(params.custom_params, dict):
+        return "custom_params", f"custom_params is a {type(params.custom_params).__name__}; allowed: an object"
+    if params.top_k > _TOP_K_MAX:
+        return "top_k", f"top_k={params.top_k} is not valid; allowed: up to {_TOP_K_MAX}"
+    for token, bias in (params.logit_bias or {}).items():
+        if not -_BIAS_MAX <= float(bias) <= _BIAS_MAX:
+            return "logit_bias", f"logit_bias of token {token} is {bias}; allowed: {-_BIAS_MAX:g} to {_BIAS_MAX:g}"
+    stride = _asked_stride(req)
     if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= settings.max_stride):
         return "stride", f"custom_params.{STRIDE_PARAM}={stride!r} is not valid; allowed: an integer from 1 to {settings.max_stride}"
     return None
@@ -46,9 +68,14 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
     """
     number = next_number()
     client_seed = req.sampling_params.sampling_seed
-    seed = derived_seed(server_seed, number) if client_seed is None else signed64(int(client_seed))
-    refusal = _refusal(req, settings) if settings is not None else None
-    stride = (req.sampling_params.custom_params or {}).get(STRIDE_PARAM)
+    seed = derived_seed(server_seed, number) if client_seed is None else int(client_seed)
+    try:
+        refusal = _refusal(req, settings) if settings is not None else None
+    except Exception as error:
+        # An exception here would end the scheduler: whatever the request holds, it is the request that ends.
+        logger.exception("idlm: a request could not be read")
+        refusal = "unreadable", f"the request's parameters could not be read: {error}"
+    stride = _asked_stride(req)
     if refusal is not None:
         mode, (reason, message) = REFUSED, refusal
     else:

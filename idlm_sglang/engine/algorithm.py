@@ -6,13 +6,16 @@ import logging
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from idlm_sglang import checkpoint
+from idlm_sglang.platform import accelerator_available
 from idlm_sglang.config import ALGORITHM, Settings, SettingError, hand_down, read_settings
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING_REQUESTS = 64
 PAGE_SIZES = (1, 16, 32, 64)
-ATTENTION_BACKENDS = ("torch_native", "triton", "flashinfer", "fa3")
+# SGLang's fa3 fixes its verify width at start and would compute wrong attention at any other stride.
+GPU_BACKENDS = ("triton", "flashinfer")
+DEFAULT_GPU_BACKEND = "triton"
 
 # Server arguments that ISD does not serve: field, whether a value is refused, the flag as typed, what is allowed.
 _REFUSED = (
@@ -42,13 +45,15 @@ _REFUSED = (
     ("enable_watermark", bool, "--enable-watermark", "off"),
     ("enable_streaming_session", bool, "--enable-streaming-session", "off"),
     ("enable_deterministic_inference", bool, "--enable-deterministic-inference", "off: a request's seed is honoured without it"),
+    ("enable_mis", bool, "--enable-mis", "off"),
+    ("enable_torch_compile", bool, "--enable-torch-compile", "off"),
+    ("enable_unified_cache_external_linker", bool, "--enable-unified-cache-external-linker", "off"),
+    ("use_ray", bool, "--use-ray", "off"),
+    ("model_impl", lambda v: str(v) not in ("auto", "sglang"), "--model-impl", "auto, sglang"),
     ("is_embedding", bool, "--is-embedding", "off"),
     ("page_size", lambda v: v is not None and v not in PAGE_SIZES, "--page-size", ", ".join(map(str, PAGE_SIZES))),
-    *(
-        (field, lambda v: v is not None and v not in ATTENTION_BACKENDS, "--" + field.replace("_", "-"), ", ".join(ATTENTION_BACKENDS))
-        for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    ),
 )
+BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
 def refuse_unserved(server_args) -> None:
@@ -57,6 +62,20 @@ def refuse_unserved(server_args) -> None:
         value = getattr(server_args, field)
         if refused(value):
             raise SettingError(f"{flag} {value} cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: {allowed}")
+    if not accelerator_available():
+        return  # The CPU platform says which backends it has.
+    for field in BACKEND_FIELDS:
+        value = getattr(server_args, field)
+        if value is not None and value not in GPU_BACKENDS:
+            flag = "--" + field.replace("_", "-")
+            raise SettingError(f"{flag} {value} cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: {', '.join(GPU_BACKENDS)}")
+
+
+def choose_backend(server_args) -> None:
+    """On a GPU, name an attention backend where the user named none: SGLang's own choice may be one that cannot verify."""
+    if accelerator_available() and all(getattr(server_args, field) is None for field in BACKEND_FIELDS):
+        server_args.attention_backend = DEFAULT_GPU_BACKEND
+        logger.info("idlm: attention backend %s", DEFAULT_GPU_BACKEND)
 
 
 def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:

@@ -40,18 +40,13 @@ class RequestPlan:
     message: str = ""
 
 
-def signed64(value: int) -> int:
-    """Any integer folded into the int64 range, so that an oversize seed is a seed and not an overflow."""
-    value %= _INT64
-    return value - _INT64 if value >= _INT64 // 2 else value
-
-
 def derived_seed(server_seed: int, number: int) -> int:
-    """The noise key of a request without a seed: a SplitMix64 step over (server seed, request number)."""
+    """The noise key of a request without a seed, an int64: a SplitMix64 step over (server seed, request number)."""
     x = (server_seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % _INT64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % _INT64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % _INT64
-    return signed64(x ^ (x >> 31))
+    x ^= x >> 31
+    return x - _INT64 if x >= _INT64 // 2 else x
 
 
 def next_number() -> int:
@@ -60,10 +55,13 @@ def next_number() -> int:
 
 
 def server_seed() -> int:
-    """SGLang's ``random_seed`` of this server, the same on every TP rank."""
-    from sglang.srt.runtime_context import get_device
+    """A seed that the TP ranks of one replica share and that differs between data-parallel replicas.
 
-    return int(get_device().random_seed)
+    SGLang broadcasts its ``random_seed`` over the TP ranks and seeds torch with it; replicas have the same one.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    return derived_seed(torch.initial_seed(), get_parallel().dp_rank or 0)
 
 
 def stride_limit(plan: RequestPlan, settings: Settings, server_stride: int) -> int:

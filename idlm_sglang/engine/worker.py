@@ -11,13 +11,15 @@ from sglang.srt.runtime_context import get_observability, get_parallel, get_serv
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
+from idlm_sglang.checkpoint import ARCHITECTURE
 from idlm_sglang.config import REJECTION, SettingError, handed_down
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.metrics import IsdMetrics
-from idlm_sglang.engine.requests import BatchRows
+from idlm_sglang.engine.requests import BatchRows, server_seed
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
 from idlm_sglang.engine.state import SlotState
 from idlm_sglang.isd import isd_step, step_positions, step_tokens
+from idlm_sglang.model import MaskFreeLogitsProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,10 @@ class IsdWorker(BaseSpecWorker):
         self.device = target_worker.device
         self.settings = handed_down()
         self.stride = self.settings.stride
-        self.server_seed = target_worker.random_seed
+        self.server_seed = server_seed()
         self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
+        if not isinstance(self.model_runner.model.logits_processor, MaskFreeLogitsProcessor):
+            raise SettingError(f"the model was loaded as {type(self.model_runner.model).__name__}; allowed: {ARCHITECTURE}")
         self.vocab = self.model_runner.model_config.vocab_size
         self.last_position = self.model_runner.model_config.context_len - 1
         self.state: SlotState | None = None
@@ -152,6 +156,8 @@ class IsdWorker(BaseSpecWorker):
             logits, carried.drafts, carried.counts, carried.log_q, carried.q, rows.limits, committed, rows.sampling(batch.sampling_info)
         )
         self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
+        # The overlap schedule keeps results for two iterations; nobody reads these rows again.
+        out.logits_output.next_token_logits = None
         if batch.return_logprob:
             out.logits_output.next_token_logits = logits[:, : k + 1].reshape(count * (k + 1), -1)
             compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)

@@ -6,6 +6,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from idlm_sglang.config import SettingError
+
 ATTENTION_BACKEND = "torch_native"
 
 # SGLang sizes its pools for a dedicated accelerator: left alone it would fill 70 % of a laptop's memory with KV.
@@ -14,8 +16,9 @@ DEFAULT_MAX_RUNNING_REQUESTS = 64
 DEFAULT_CHUNKED_PREFILL_SIZE = 1_024
 
 # OpenMP threads spin before they sleep, by default for milliseconds. The server's own processes compete for the same
-# cores, and a spinning thread then costs its partner whole time slices: on 2 busy cores a forward took 60 times as
-# long as with this count, and no longer on idle ones. Read by the OpenMP runtime when a worker process starts.
+# cores, and a spinning thread then costs its partner whole time slices: 32 short requests to a tiny model took 41.8 s
+# on two busy cores, and 1.5 s with this count; on idle cores nothing changes. Read by the OpenMP runtime when a worker
+# process starts.
 OPENMP_SPIN_COUNT = "1000"
 
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
@@ -33,15 +36,17 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return self.device_type
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Set what a CPU needs, default what the user left open. Raises ValueError on what cannot run here."""
+        """Set what a CPU needs, default what the user left open. Raises SettingError on what cannot run here."""
         if server_args.device != "cpu":
-            raise ValueError(f"--device {server_args.device}: this machine has no accelerator; allowed: cpu")
+            raise SettingError(f"--device {server_args.device}: this machine has no accelerator; allowed: cpu")
         # SGLang has already put its AMX backend there when the user named none; its kernels are not installed.
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
         for field in _BACKEND_FIELDS:
             _check_attention_backend(field, getattr(server_args, field))
         server_args.sampling_backend = "pytorch"
+        # An idle scheduler otherwise polls without a pause, and takes a core from everything else on the machine.
+        server_args.sleep_on_idle = True
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
         for field, default in (
@@ -81,7 +86,7 @@ def _check_attention_backend(field: str, value: str | None) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if value in (None, ATTENTION_BACKEND) or (value == "triton" and interpreted):
         return
-    raise ValueError(
+    raise SettingError(
         f"--{field.replace('_', '-')} {value}: not available without an accelerator; "
         f"allowed: {ATTENTION_BACKEND} (or triton under TRITON_INTERPRET=1)"
     )

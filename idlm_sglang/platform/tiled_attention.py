@@ -15,6 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from idlm_sglang.platform.tile_plan import Plan
 
 
+# Elements below which the C allocator hands out recycled memory anyway, and faster than a kept buffer is found.
+_ALLOCATOR_REUSES = 16_384
+
+
 class Workspace:
     """Grow-only buffers for gathered K and V: fresh ones would be paged in by the kernel on every layer."""
 
@@ -28,6 +32,8 @@ class Workspace:
         """
         row = cache.shape[1] * cache.shape[2]
         size = slots.shape[0] * row
+        if size <= _ALLOCATOR_REUSES:
+            return cache.view(-1, row).index_select(0, slots)
         buffer = self._buffers.get(side)
         if buffer is None or buffer.shape[0] < size or buffer.dtype != cache.dtype:
             # Written inside and outside inference mode alike, so it must not be an inference tensor.

@@ -7,7 +7,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from idlm_sglang.config import Settings
 from idlm_sglang.engine.admission import plan_of, plan_request
-from idlm_sglang.engine.requests import BatchRows, derived_seed, signed64, stride_limit
+from idlm_sglang.engine.requests import BatchRows, derived_seed, stride_limit
 
 SETTINGS = Settings(stride=4, max_stride=8)
 
@@ -52,6 +52,12 @@ def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, *
         (request(custom_params={"idlm_stride": 0}), "refused", "stride"),
         (request(custom_params={"idlm_stride": True}), "refused", "stride"),
         (request(custom_params={"idlm_stride": "2"}), "refused", "stride"),
+        (request(custom_params=[1]), "refused", "custom_params"),
+        (request(custom_params="idlm_stride"), "refused", "custom_params"),
+        (request(top_k=2**40), "refused", "top_k"),
+        (request(logit_bias={"3": 1e39}), "refused", "logit_bias"),
+        (request(logit_bias={"3": float("nan")}), "refused", "logit_bias"),
+        (request(logit_bias={"3": "much"}), "refused", "unreadable"),
     ],
 )
 def test_modes(req, mode, reason):
@@ -74,9 +80,8 @@ def test_limits_follow_the_request_the_server_and_the_mode():
     assert stride_limit(plan_request(request(presence_penalty=1.0), SETTINGS, 1), SETTINGS, 4) == 0
 
 
-def test_any_integer_is_a_seed_and_derived_seeds_do_not_repeat():
-    assert signed64(2**64 + 5) == 5 and signed64(-1) == -1 and signed64(2**63) == -(2**63)
-    assert plan_request(request(sampling_seed=2**70 + 1), SETTINGS, 1).seed == 1
+def test_a_client_s_seed_is_kept_and_derived_seeds_do_not_repeat():
+    assert plan_request(request(sampling_seed=-7), SETTINGS, 1).seed == -7
     seeds = {derived_seed(s, n) for s in (0, 1, 42) for n in range(5000)}
     assert len(seeds) == 15000 and all(-(2**63) <= s < 2**63 for s in seeds)
 

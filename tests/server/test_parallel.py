@@ -1,0 +1,47 @@
+"""Two tensor-parallel ranks agree on every token and count once; data-parallel ranks are told apart by a label."""
+
+import re
+
+import pytest
+import requests
+
+from tests.server.harness import CHECKPOINT, Server, differing, ids, prompts
+
+ISD = ("--speculative-algorithm", "ISD", "--enable-metrics")
+# One core per rank: SGLang wants to be told on a machine with a single NUMA node.
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "IDLM_MAX_STRIDE": "8"}
+
+
+def mixed_calls():
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40} for p in prompts(30, seed=121)]
+    calls += [{"prompt": p, "temperature": 1.0, "top_p": 0.9, "sampling_seed": i, "max_new_tokens": 24} for i, p in enumerate(prompts(20, seed=122))]
+    return calls
+
+
+def test_tensor_parallel_ranks_agree_and_count_once(ar, logs):
+    calls = mixed_calls()
+    unseeded = [{"prompt": p, "temperature": 1.0, "max_new_tokens": 24, "stride": 2 + i % 7} for i, p in enumerate(prompts(20, seed=123))]
+    want = ar.many(calls, 16)
+    with Server("tp2", CHECKPOINT, logs, *ISD, "--tp-size", "2", env=TWO_RANKS) as server:
+        before = server.metrics()
+        got = server.many(calls + unseeded, 16)
+        after = server.metrics()
+        # Ranks that drew different tokens would differ in length, and the collective would hang or fail.
+        assert server.alive()
+    assert not differing(want, got[: len(calls)])
+    counted = after["idlm:tokens_committed_total"] - before["idlm:tokens_committed_total"]
+    assert counted == sum(len(ids(a)) - 1 for a in got)
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_data_parallel_ranks_have_their_own_series(ar, logs, ranks):
+    calls = mixed_calls()
+    want = ar.many(calls, 16)
+    with Server("dp2", CHECKPOINT, logs, *ISD, "--dp-size", str(ranks), env=TWO_RANKS) as server:
+        got = server.many(calls, 16)
+        unseeded = server.many([{"prompt": "river stone", "temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}] * 40, 16)
+        text = requests.get(server.url + "/metrics", timeout=30).text
+    assert not differing(want, got)
+    assert len({tuple(ids(a)) for a in unseeded}) == 40, "ranks must not draw the same numbers"
+    found = re.findall(r'^idlm:tokens_committed_total\{dp_rank="(\d)",[^}]*\} (\S+)', text, re.M)
+    assert sorted(rank for rank, _ in found) == ["0", "1"] and all(float(value) > 0 for _, value in found), found

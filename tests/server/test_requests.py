@@ -1,0 +1,77 @@
+"""What a request may ask for beside sampling: served as AR serves it, or refused by name; never a dead server."""
+
+import json
+
+import pytest
+
+from tests.server.harness import chat, differing, ids, prompts
+
+STORY = chat("Tell me a story about Tavo.")
+SCHEMA = json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer"}}, "required": ["name", "n"]})
+FEATURES = {
+    "logit bias": {"logit_bias": {"100": 5.0, "200": -3.0}},
+    "bias on MASK": {"logit_bias": {"3": 100.0}},
+    "regex": {"regex": "[a-z ]{10,30}"},
+    "json schema": {"json_schema": SCHEMA},
+    "frequency penalty": {"frequency_penalty": 0.7},
+    "presence penalty": {"presence_penalty": 0.9},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "min_new_tokens": {"min_new_tokens": 30},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_greedy_text_is_that_of_ar(ar, isd, name):
+    """One request at a time: SGLang's overlapped penalties depend on which batches come between."""
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40, **FEATURES[name]} for p in (STORY, *prompts(5, seed=131))]
+    want, got = ar.many(calls, 1), isd.many(calls, 1)
+    assert not differing(want, got)
+    assert not any(3 in ids(a) for a in got), "MASK was emitted"
+
+
+def test_single_and_strided_requests_share_batches(ar, isd):
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 30} for p in prompts(40, seed=132)]
+    extra = [{}, {}, FEATURES["logit bias"], FEATURES["regex"], FEATURES["json schema"]]
+    calls = [{**c, **extra[i % 5]} for i, c in enumerate(calls)]
+    assert not differing(ar.many(calls, 12), isd.many(calls, 12))
+
+
+def test_grammars_hold_under_overlap_and_mixed_chunks(ar, isd_tight):
+    """Prefill chunks are mixed with the decode rows of grammar requests while the previous step is still in flight."""
+    calls = []
+    for i, p in enumerate(prompts(60, seed=133)):
+        calls.append({"prompt": p, "temperature": 0, "max_new_tokens": 30, **(FEATURES["regex"], FEATURES["json schema"], {})[i % 3]})
+    want, got = ar.many(calls, 8), isd_tight.many(calls, 8)
+    assert not differing(want, got)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 0.8, "sampling_seed": 4}, {"temperature": 0, "presence_penalty": 0.5}])
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_logprobs_are_those_of_ar(ar, isd, stride, params):
+    call = {"prompt": STORY, "max_new_tokens": 40, "return_logprob": True, "top_logprobs_num": 3, **params}
+    want, got = ar.generate(**call), isd.generate(**call, stride=stride)
+    assert ids(want) == ids(got)
+    w, g = want["meta_info"], got["meta_info"]
+    assert len(g["output_token_logprobs"]) == len(ids(got)) == len(g["output_top_logprobs"])
+    for (lw, tw, _), (lg, tg, _) in zip(w["output_token_logprobs"], g["output_token_logprobs"], strict=True):
+        assert tw == tg and lg == pytest.approx(lw, abs=2e-3)
+    for top_w, top_g in zip(w["output_top_logprobs"], g["output_top_logprobs"], strict=True):
+        assert [x[0] for x in top_g] == pytest.approx([x[0] for x in top_w], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "params, names",
+    [
+        ({"custom_params": [1]}, "custom_params"),
+        ({"custom_params": "idlm_stride"}, "custom_params"),
+        ({"custom_params": 7}, "custom_params"),
+        ({"logit_bias": {"3": 1e39}}, "logit_bias"),
+        ({"logit_bias": {"5": -1e38}}, "logit_bias"),
+        ({"top_k": 2**40, "temperature": 1.0}, "top_k"),
+        ({"sampling_seed": 2**63}, "seed"),
+    ],
+)
+def test_a_hostile_parameter_is_a_400_that_names_it(isd, params, names):
+    reply = isd.post("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, **params}})
+    assert reply.status_code == 400 and names in reply.text, reply.text
+    assert isd.alive() and isd.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
