@@ -172,7 +172,7 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
     """
     if not _is_isd() or is_retracted or req.to_finish is not None or getattr(req, "idlm_plan", None) is not None:
         return
-    from idlm_sglang.engine.admission import plan_of
+    from idlm_sglang.engine.admission import defuse, plan_of
     from idlm_sglang.engine.requests import REFUSED
 
     worker = scheduler.draft_worker
@@ -181,6 +181,7 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         worker.metrics.request(plan.mode, plan.reason)
     if plan.mode == REFUSED:
         req.set_finish_with_abort(plan.message)
+        defuse(req)
         scheduler.init_req_max_new_tokens(req)
 
 

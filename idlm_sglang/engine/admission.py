@@ -85,6 +85,12 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
     return RequestPlan(number, mode, reason, stride, seed, client_seed is not None, message)
 
 
+def defuse(req) -> None:
+    """Make a refused request harmless: SGLang still runs one token of it, and builds a batch from its parameters."""
+    params = req.sampling_params
+    params.top_k, params.logit_bias, params.custom_params = 1, None, None
+
+
 def plan_of(req, settings: Settings | None, server_seed: int) -> RequestPlan:
     """The request's plan, made at its first sight."""
     plan = getattr(req, "idlm_plan", None)
