@@ -11,9 +11,10 @@ CPU time, so a busy neighbour does not count; on several it is the wall clock, a
 rows, which recomputes the prefix: it is left out above STOCK_VERIFY_COLUMNS. `vs_decode` is our verify over our decode at the same batch and lengths. A context `64..2048` means lengths
 drawn uniformly from that range.
 
-The CSV, one core of an AMD EPYC (Zen 5, AVX-512), torch 2.14.1: AR decode 1.01 to 11.8 times as fast as stock in all
-76 rows (fp32 1.01 to 4.5, bf16 1.4 to 11.8), prefill 0.94 to 7.4 times. Verify rows cost 2.1 (W = 7) and 3.5
-(W = 15) times the decode row's attention in the median: 7 and 15 times the arithmetic over the same gathered KV.
+The CSV, one core of an AMD EPYC (Zen 5, AVX-512), torch 2.14.1: AR decode is faster than stock in all 76 rows (fp32
+1.11 to 4.0 times, bf16 1.5 to 12.1), prefill 0.86 to 7.7 times as fast (slowest: 16 prompts of 64 tokens at 8B heads).
+Verify rows cost 1.9 (W = 7) and 3.4 (W = 15) times the decode row's attention in the median: 7 and 15 times the
+arithmetic over the same gathered KV.
 """
 
 import argparse

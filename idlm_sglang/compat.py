@@ -4,12 +4,15 @@ All go through SGLang's own ``HookRegistry``. A hook that fails to apply is only
 :func:`assert_applied` is called before serving and again when the worker is built.
 """
 
+import inspect
 import logging
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from idlm_sglang import platform
 from idlm_sglang.config import ALGORITHM, SettingError
 
 logger = logging.getLogger(__name__)
@@ -243,11 +246,35 @@ def state_report(_, state, report: dict) -> None:
         report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **worker.metrics.totals.as_dict()}
 
 
+# --- 8. The CPU platform -----------------------------------------------------------------------------------------
+
+
+def page_table_in_torch(*args, **kwargs) -> None:
+    """What: ``assign_req_to_token_pool_func`` is torch indexing on the CPU platform.
+    Why: off SGLang's own CPU engine it launches a Triton kernel, on every speculative decode step.
+    Guard: the function still takes the parameters that the replacement was written for.
+    Goes when: SGLang consults ``capabilities.supports_triton`` there, as its paged allocator does.
+    """
+    from idlm_sglang.platform.page_table import assign_req_to_token
+
+    assign_req_to_token(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Patch:
+    """One hook.
+
+    Attributes:
+        target: dotted path of the function in SGLang.
+        kind: a ``HookType`` name.
+        hook: the function hooked in.
+        parameters: for a replacement, the target's parameters it was written for.
+    """
+
     target: str
     kind: str
     hook: Callable
+    parameters: tuple[str, ...] = ()
 
 
 _SRT = "sglang.srt."
@@ -272,11 +299,34 @@ PATCHES = (
 )
 
 
+CPU_PATCHES = (
+    Patch(
+        _SRT + "mem_cache.allocation.assign_req_to_token_pool_func",
+        "REPLACE",
+        page_table_in_torch,
+        ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
+    ),
+)
+
+
+def patches() -> tuple[Patch, ...]:
+    """What this machine needs: the CPU platform has patches of its own."""
+    return PATCHES + (CPU_PATCHES if platform.activate() is not None else ())
+
+
 def register_patches() -> None:
-    """Queue every patch with SGLang's hook registry; SGLang applies them once all plugins are loaded."""
+    """Queue every patch with SGLang's hook registry; SGLang applies them once all plugins are loaded.
+
+    Raises:
+        SettingError: a function to be replaced is not the one that the replacement was written for.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for patch in PATCHES:
+    for patch in patches():
+        if patch.parameters:
+            found = tuple(inspect.signature(pkgutil.resolve_name(patch.target)).parameters)
+            if found != patch.parameters:
+                raise SettingError(f"SGLang {version('sglang')}: {patch.target} takes {found}; allowed: {patch.parameters}")
         HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
 
 
@@ -284,10 +334,11 @@ def assert_applied() -> None:
     """Raise :class:`SettingError` if a patch did not take: serving on would be wrong, not merely slower."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    missing = [patch.target for patch in PATCHES if patch.target not in HookRegistry._patched]
+    wanted = patches()
+    missing = [patch.target for patch in wanted if patch.target not in HookRegistry._patched]
     if missing:
         raise SettingError(
-            f"SGLang {version('sglang')} did not take {len(missing)} of {len(PATCHES)} hooks ({', '.join(missing)}); "
+            f"SGLang {version('sglang')} did not take {len(missing)} of {len(wanted)} hooks ({', '.join(missing)}); "
             f"the log above says why. Allowed: a plain SGLang {SUPPORTED}"
         )
 

@@ -6,4 +6,4 @@ Importing this package loads nothing heavy; `CHECKPOINT_DIR` can be given to any
 from pathlib import Path
 
 CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
-CHECKPOINT_SHA256 = "7850826d34dc54ea1dc63f371f5b60293dd0134e45e80b3a79eaf369fa17d234"  # of model.safetensors
+CHECKPOINT_SHA256 = "76232f25ef050aaeee7c5312ad9e3079f27ac7d3f1783a8568bbaee70564c488"  # of model.safetensors

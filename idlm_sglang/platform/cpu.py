@@ -76,10 +76,8 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """Called once in every worker process, before the model runner exists."""
         from idlm_sglang.platform import attention
-        from idlm_sglang.platform.patches import apply_cpu_patches
 
         attention.register()
-        apply_cpu_patches()
 
 
 def _check_attention_backend(field: str, value: str | None) -> None:

@@ -187,7 +187,7 @@ def hooks() -> tuple[str, str]:
         warnings.simplefilter("ignore")
         load_plugins()
     compat.assert_applied()
-    return OK, f"{len(compat.PATCHES)} of {len(compat.PATCHES)} taken by SGLang"
+    return OK, f"{len(compat.patches())} of {len(compat.patches())} taken by SGLang"
 
 
 def platform() -> tuple[str, str]:

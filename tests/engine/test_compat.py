@@ -23,7 +23,7 @@ def test_other_versions_are_refused_in_one_line(found):
 
 
 def test_every_patch_says_what_why_guard_and_when_it_goes():
-    for patch in compat.PATCHES:
+    for patch in compat.PATCHES + compat.CPU_PATCHES:
         for word in ("What:", "Why:", "Guard:", "Goes when:"):
             assert word in patch.hook.__doc__, (patch.target, word)
 
@@ -68,6 +68,20 @@ def test_a_failing_plugin_is_a_refusal_and_never_a_silent_ar_server():
     assert done.stderr.strip().splitlines()[-1].startswith("idlm: --speculative-algorithm ISD is not available: SGLang 0.5.23 is installed")
 
 
+def test_a_replaced_function_that_changed_is_an_error(monkeypatch):
+    wrong = compat.Patch("sglang.srt.layers.sampler.create_sampler", "REPLACE", compat.page_table_in_torch, ("backend", "more"))
+    monkeypatch.setattr(compat, "patches", lambda: (wrong,))
+    with pytest.raises(SettingError, match="create_sampler takes .*backend.*; allowed: .*more"):
+        compat.register_patches()
+
+
+def test_the_cpu_patches_are_for_machines_without_an_accelerator(monkeypatch):
+    monkeypatch.setattr(compat.platform, "accelerator_available", lambda: True)
+    assert compat.patches() == compat.PATCHES
+    monkeypatch.setattr(compat.platform, "accelerator_available", lambda: False)
+    assert compat.patches() == compat.PATCHES + compat.CPU_PATCHES
+
+
 def test_the_sampler_is_replaced_only_where_it_is_the_stock_one():
     from sglang.srt.layers.sampler import Sampler
 
@@ -80,7 +94,7 @@ def test_the_sampler_is_replaced_only_where_it_is_the_stock_one():
 
 
 def test_targets_are_where_the_patches_say():
-    for patch in compat.PATCHES:
+    for patch in compat.PATCHES + compat.CPU_PATCHES:
         assert callable(pkgutil.resolve_name(patch.target)), patch.target
 
 
