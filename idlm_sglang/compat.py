@@ -341,22 +341,3 @@ def assert_applied() -> None:
             f"SGLang {version('sglang')} did not take {len(missing)} of {len(wanted)} hooks ({', '.join(missing)}); "
             f"the log above says why. Allowed: a plain SGLang {SUPPORTED}"
         )
-
-
-def disable_decode_graphs(server_args) -> None:
-    """Decode CUDA graphs off: SGLang captures none for a registered algorithm's verify forward.
-
-    Its runner would capture TARGET_VERIFY without our input and replay it for stride 1. The worker refuses to start
-    with a captured runner.
-    """
-    if str(server_args.device).startswith("cpu"):
-        return
-    logger.warning("idlm: decode CUDA graphs are off; decode forwards run eagerly")
-    config = server_args.cuda_graph_config
-    if config is not None and hasattr(config, "decode"):
-        from sglang.srt.arg_groups.cuda_graph_hook import Backend
-
-        config.decode.backend = Backend.DISABLED
-        server_args.cuda_graph_config = config
-    else:
-        server_args.disable_decode_cuda_graph = True

@@ -145,7 +145,26 @@ class IsdAlgorithm(CustomSpecAlgo):
         server_args.speculative_num_draft_tokens = settings.max_width
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS * (server_args.dp_size or 1)
-        compat.disable_decode_graphs(server_args)
+        _disable_decode_graphs(server_args)
+
+
+def _disable_decode_graphs(server_args) -> None:
+    """Decode CUDA graphs off: SGLang captures none for a registered algorithm's verify forward.
+
+    Its runner would capture TARGET_VERIFY without our input and replay it for stride 1. The worker refuses to start
+    with a captured runner.
+    """
+    if str(server_args.device).startswith("cpu"):
+        return
+    logger.warning("idlm: decode CUDA graphs are off; decode forwards run eagerly")
+    config = server_args.cuda_graph_config
+    if config is not None and hasattr(config, "decode"):
+        from sglang.srt.arg_groups.cuda_graph_hook import Backend
+
+        config.decode.backend = Backend.DISABLED
+        server_args.cuda_graph_config = config
+    else:
+        server_args.disable_decode_cuda_graph = True
 
 
 def worker_class(server_args) -> type:

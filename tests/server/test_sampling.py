@@ -2,15 +2,18 @@
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from scipy.stats import chi2_contingency
 
-from tests.server.harness import chat, ids, prompts
+from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts
 
 # High-entropy continuation of plain text: positions 3 and 4 come from verified drafts more often than not.
 PROMPT = "river stone quiet lamp"
 SAMPLES = 3000
+# 21 chi-square tests: a false alarm in fewer than 1 of 1,000 runs.
+BOUND = 3e-5
 SETTINGS = {
     "T=1": {"temperature": 1.0},
     "T=0.7 top-p 0.8": {"temperature": 0.7, "top_p": 0.8},
@@ -76,13 +79,21 @@ def check(reference, samples, label):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampled_distribution_is_that_of_ar(reference, isd, name):
-    """Seven chi-square tests per setting; the bound keeps a false alarm of the whole module below 1 in 1,000."""
+    """Seven chi-square tests per setting, on single tokens and on pairs."""
     before = isd.metrics()
     samples = draw(isd, SAMPLES, SETTINGS[name], stride=4)
     after = isd.metrics()
     accepted = sum(after[k] - before[k] for k in after if k.startswith("idlm:drafts_accepted"))
     assert accepted > SAMPLES / 4, "hardly a draft was accepted: the test would show nothing"
-    assert check(reference[name], samples, name) > 3e-5
+    assert check(reference[name], samples, name) > BOUND
+
+
+def test_a_biased_acceptance_rule_fails_the_same_test(reference, logs):
+    """u < p / (0.6 q) instead of u < p / q, in an otherwise equal server."""
+    biased = {"PYTHONPATH": str(Path(__file__).parent / "biased")}
+    with Server("biased", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env=biased) as server:
+        samples = draw(server, SAMPLES, SETTINGS["T=1"])
+    assert check(reference["T=1"], samples, "biased") < BOUND
 
 
 SEEDED = [
