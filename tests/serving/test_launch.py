@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """
+import signal
 import sys
+# Tests may run under nohup or in the background, which ignore these; a child inherits that.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from idlm_sglang.serving import cli, launch
 launch.SERVER_MODULE = "tests.serving.fake_server"
 sys.exit(cli.main(["serve", *sys.argv[1:]]))
