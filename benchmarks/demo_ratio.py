@@ -1,0 +1,83 @@
+"""Tokens per second of the embedded checkpoint, ISD over AR, through real servers on this machine.
+
+    python -m benchmarks.demo_ratio [--stride 4] [--clients 1 4 8 16] [--prompts 64]
+
+Both arms are `idlm serve` with the same checkpoint and the plugin loaded; they are started, warmed up and timed one at
+a time, on the same greedy chat prompts, kept out of training. Figures of one run are to be read as ratios.
+"""
+
+import argparse
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import requests
+
+from idlm_sglang.demo.corpus import held_out_dialogues
+
+START_SECONDS = 240
+REPEATS = 3
+
+
+def ask(url: str, question: str) -> int:
+    """Completion tokens of one greedy answer."""
+    body = {"model": "idlm-demo", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 160}
+    reply = requests.post(url + "/v1/chat/completions", json=body, timeout=300)
+    reply.raise_for_status()
+    return reply.json()["usage"]["completion_tokens"]
+
+
+def timed(url: str, questions: list[str], clients: int) -> float:
+    """Total tokens per second, the best of REPEATS passes over the questions."""
+    best = 0.0
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            tokens = sum(pool.map(lambda q: ask(url, q), questions))
+        best = max(best, tokens / (time.perf_counter() - start))
+    return best
+
+
+def arm(flags: list[str], questions: list[str], clients: list[int]) -> list[float]:
+    """Start one server, time it at every concurrency, end it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), "--disable-radix-cache", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                if requests.get(url + "/health_generate", timeout=10).ok:
+                    break
+            except requests.RequestException:
+                time.sleep(0.5)
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not start: {' '.join(command)}")
+        timed(url, questions[:8], 4)
+        return [timed(url, questions, c) for c in clients]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stride", type=int, default=4)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--prompts", type=int, default=64)
+    args = parser.parse_args()
+    questions = [d.turns[0][0] for d in held_out_dialogues(7, args.prompts)]
+    ar = arm(["--ar"], questions, args.clients)
+    isd = arm(["--stride", str(args.stride)], questions, args.clients)
+    print(f"{'clients':>8} {'AR tok/s':>10} {'ISD tok/s':>10} {'ratio':>6}   stride {args.stride}")
+    for c, a, i in zip(args.clients, ar, isd):
+        print(f"{c:>8} {a:>10.0f} {i:>10.0f} {i / a:>6.2f}")
+
+
+if __name__ == "__main__":
+    main()
