@@ -156,11 +156,11 @@ class IsdWorker(BaseSpecWorker):
             logits, carried.drafts, carried.counts, carried.log_q, carried.q, rows.limits, committed, rows.sampling(batch.sampling_info)
         )
         self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
-        # The overlap schedule keeps results for two iterations; nobody reads these rows again.
-        out.logits_output.next_token_logits = None
         if batch.return_logprob:
             out.logits_output.next_token_logits = logits[:, : k + 1].reshape(count * (k + 1), -1)
             compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)
+        # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
+        out.logits_output.next_token_logits = None
         stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection], dim=1)
         limits = rows.limits_host
         return self._result(batch, out, step.tokens.view(-1), step.accept_lens, step.last, committed, k + 1, stats, limits, on_publish)

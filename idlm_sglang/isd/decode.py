@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from idlm_sglang.isd.layout import step_positions, step_tokens
+from idlm_sglang.isd.layout import step_tokens
 from idlm_sglang.isd.step import isd_step
 from idlm_sglang.isd.target import SamplingRows
 
@@ -99,7 +99,6 @@ def decode(
         pending = torch.tensor([out.tokens[-1]])
         step = step_tokens(pending, drafts, counts, mask_id)
         seq_len = torch.tensor([committed.shape[1]])
-        assert step_positions(seq_len, step.shape[1])[0, 0] == seq_len
         logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1])
         result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows)
         valid, accepted = int(counts), int(result.accept_lens) - 1
