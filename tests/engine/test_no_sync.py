@@ -1,0 +1,98 @@
+"""A strided step of the worker reads nothing back from the device.
+
+Fake tensors have no values: `.item()`, `.cpu()` on a fake cuda tensor, or a branch on a tensor fails under FakeTensorMode.
+The model's forward is replaced by fake logits; everything the worker itself does around it runs as it is.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from idlm_sglang.config import Settings
+from idlm_sglang.engine.spec_io import IsdVerifyInput
+from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.worker import IsdWorker
+
+SLOTS, COLUMNS, VOCAB, K, BATCH = 9, 64, 50, 3, 4
+
+
+def fake_worker(device, logits):
+    worker = IsdWorker.__new__(IsdWorker)
+    worker.device, worker.mask_id, worker.vocab, worker.last_position = device, 3, VOCAB, COLUMNS - 1
+    worker.settings = Settings(stride=K + 1, max_stride=K + 1)
+    worker.state = SlotState(SLOTS, K, VOCAB, True, device)
+    worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
+    out = SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits), can_run_cuda_graph=False, expert_distribution_metrics=None)
+    worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: out)
+    return worker
+
+
+def fake_rows(device, rejection):
+    def column(value, dtype):
+        return torch.full((BATCH,), value, dtype=dtype, device=device)
+
+    sampling = SimpleNamespace(
+        temperature=column(1.0, torch.float32),
+        top_k=column(20, torch.int32),
+        top_p=column(0.9, torch.float32),
+        min_p=column(0.05, torch.float32),
+        seed=column(1, torch.int64),
+        coupled=column(not rejection, torch.bool),
+        greedy=column(False, torch.bool),
+        any_sampled=True,
+        any_truncated=True,
+        any_rejection=rejection,
+    )
+    return SimpleNamespace(
+        numbers=column(1, torch.int64),
+        limits=column(K, torch.int64),
+        limits_host=[K] * BATCH,
+        drafts=K,
+        any_rejection=rejection,
+        single=[False] * BATCH,
+        sampling=lambda info: sampling,
+    )
+
+
+def fake_batch(device):
+    return SimpleNamespace(
+        reqs=[None] * BATCH,
+        req_pool_indices=torch.arange(1, BATCH + 1, device=device),
+        seq_lens=torch.full((BATCH,), 10, dtype=torch.int64, device=device),
+        spec_info=SimpleNamespace(bonus_tokens=torch.zeros(BATCH, dtype=torch.int64, device=device)),
+        sampling_info=SimpleNamespace(logit_bias=torch.zeros(BATCH, VOCAB, device=device)),
+        return_logprob=False,
+    )
+
+
+def step(device, rejection, monkeypatch):
+    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device))
+        published = []
+        result = worker._strided_step(fake_batch(device), fake_rows(device, rejection), published.append)
+    return result, published
+
+
+@pytest.mark.parametrize("rejection", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_strided_step_reads_nothing_back(device, rejection, monkeypatch):
+    result, published = step(device, rejection, monkeypatch)
+    assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.round_stats.shape == (BATCH, 3)
+    assert len(published) == 1, "the new lengths are published once per forward"
+    assert result.next_token_ids.device.type == device
+
+
+def test_a_planted_read_is_noticed(monkeypatch):
+    load = SlotState.load
+
+    def reading(self, *args):
+        carried = load(self, *args)
+        assert int(carried.counts.sum()) >= 0
+        return carried
+
+    monkeypatch.setattr(SlotState, "load", reading)
+    with pytest.raises(DataDependentOutputException):
+        step("cpu", True, monkeypatch)
