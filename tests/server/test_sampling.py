@@ -9,8 +9,8 @@ from scipy.stats import chi2_contingency
 
 from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts
 
-# High-entropy continuation of plain text: positions 3 and 4 come from verified drafts more often than not.
-PROMPT = "river stone quiet lamp"
+# A question in the making has many continuations; tokens 3 to 5 come from drafts where those were accepted.
+PROMPT = "<|im_start|>user\nMy name is"
 SAMPLES = 3000
 # 21 chi-square tests: a false alarm in fewer than 1 of 1,000 runs.
 BOUND = 3e-5
@@ -89,11 +89,12 @@ def test_sampled_distribution_is_that_of_ar(reference, isd, name):
 
 
 def test_a_biased_acceptance_rule_fails_the_same_test(reference, logs):
-    """u < p / (0.6 q) instead of u < p / q, in an otherwise equal server."""
+    """Every draft kept, one of the published shortcuts, in an otherwise equal server."""
+    name = "T=1.5 top-k 5 min-p 0.05"
     biased = {"PYTHONPATH": str(Path(__file__).parent / "biased")}
     with Server("biased", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env=biased) as server:
-        samples = draw(server, SAMPLES, SETTINGS["T=1"])
-    assert check(reference["T=1"], samples, "biased") < BOUND
+        samples = draw(server, SAMPLES, SETTINGS[name])
+    assert check(reference[name], samples, "biased") < BOUND
 
 
 SEEDED = [
