@@ -45,15 +45,20 @@ class Settings:
         return 2 * self.max_stride - 1
 
 
-def _integer(name: str, text: str, low: int, high: int | None) -> int:
+def whole_number(shown: str, text: str, low: int, high: int | None) -> int:
+    """The number in ``text``; ``shown`` names the setting and its value in the :class:`SettingError` for a bad one."""
     allowed = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
     try:
         value = int(text)
     except ValueError:
-        raise SettingError(f"{name}={text!r} is not valid; allowed: {allowed}") from None
+        raise SettingError(f"{shown} is not valid; allowed: {allowed}") from None
     if value < low or (high is not None and value > high):
-        raise SettingError(f"{name}={text!r} is out of range; allowed: {allowed}")
+        raise SettingError(f"{shown} is out of range; allowed: {allowed}")
     return value
+
+
+def _integer(name: str, text: str, low: int, high: int | None) -> int:
+    return whole_number(f"{name}={text!r}", text, low, high)
 
 
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:

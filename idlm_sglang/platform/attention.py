@@ -1,6 +1,5 @@
 """The CPU platform's attention backend, registered under SGLang's own name `torch_native`."""
 
-import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc

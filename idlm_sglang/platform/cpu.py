@@ -16,8 +16,7 @@ DEFAULT_MAX_RUNNING_REQUESTS = 64
 DEFAULT_CHUNKED_PREFILL_SIZE = 1_024
 
 # OpenMP threads spin before they sleep, by default for milliseconds. The server's own processes compete for the same
-# cores, and a spinning thread then costs its partner whole time slices: 32 short requests to a tiny model took 41.8 s
-# on two busy cores, and 1.5 s with this count; on idle cores nothing changes. Read by the OpenMP runtime when a worker
+# cores, and a spinning thread then costs its partner whole time slices. Read by the OpenMP runtime when a worker
 # process starts.
 OPENMP_SPIN_COUNT = "1000"
 

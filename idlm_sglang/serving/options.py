@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, COUPLED, MAX_STRIDE, REJECTION, SettingError
+from idlm_sglang.config import ALGORITHM, COUPLED, MAX_STRIDE, REJECTION, SettingError, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR
 
 DEFAULT_HOST = "127.0.0.1"
@@ -206,16 +206,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
 
 def integer(flag: str, text: str | None, low: int, high: int | None) -> int | None:
     """The whole number in `text`, None for None. Raises :class:`SettingError` outside low..high (None: no limit)."""
-    if text is None:
-        return None
-    allowed = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
-    try:
-        value = int(text)
-    except ValueError:
-        raise SettingError(f"{flag} {text} is not valid; allowed: {allowed}") from None
-    if value < low or (high is not None and value > high):
-        raise SettingError(f"{flag} {text} is out of range; allowed: {allowed}")
-    return value
+    return None if text is None else whole_number(f"{flag} {text}", text, low, high)
 
 
 def _port(text: str | None) -> int:
