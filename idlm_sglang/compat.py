@@ -56,8 +56,8 @@ def room_for_strides(result: int) -> int:
 
 def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     """What: ``ForwardBatch.init_new`` leaves the rows' noise keys on ``sampling_info.idlm_seeds``.
-    Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``.
-    Guard: the hook applied; seeded tests.
+    Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``, and draws none of its own.
+    Guard: the hook applied; seeded tests, and replays of unseeded answers at one token per step.
     Goes when: ``SamplingBatchInfo`` carries every request's seed.
     """
     info = batch.sampling_info
@@ -66,17 +66,49 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     info.idlm_seeds = None
     if info.sampling_seed is not None:
         return  # --enable-deterministic-inference in AR serving: SGLang's own seeds, batch-mates included
-    if not any(req.sampling_params.sampling_seed is not None for req in batch.reqs):
-        return
+    if forward_batch.forward_mode.is_target_verify():
+        return  # The worker has the seeds of its own step.
     import torch
 
     from idlm_sglang.engine.admission import plan_of
     from idlm_sglang.engine.requests import server_seed
 
-    seeds = [plan_of(req, None, server_seed()).seed for req in batch.reqs]
-    host = torch.tensor(seeds, dtype=torch.int64)
+    plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
+    if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
+        return
+    host = torch.tensor([plan.seed for plan in plans], dtype=torch.int64)
     on_gpu = torch.device(batch.device).type == "cuda"
     info.idlm_seeds = (host.pin_memory() if on_gpu else host).to(batch.device, non_blocking=True)
+
+
+def attach_report(acc, **_) -> None:
+    """What: before ``_GenerationStreamAccumulator.to_payload`` the answers' seeds and figures join the payload.
+    Why: ``customized_info`` is what SGLang carries to ``meta_info``; a plugin cannot subclass the streamer that fills it.
+    Guard: the hook applied; tests read the seed from streamed, whole and OpenAI answers.
+    Goes when: a speculative worker may add customized output.
+    """
+    from idlm_sglang.engine.report import REPORT, report
+
+    reports = [report(req) for req in acc.output_reqs]
+    if any(reports) and not acc.rust_server_mode:
+        acc.customized_info[REPORT] = reports
+
+
+def report_in_meta_info(original: Callable, manager, meta_info: dict, state, customized_info: dict, index: int, *rest) -> Any:
+    """What: ``TokenizerManager.update_request_meta_info`` puts that report into ``meta_info`` as plain values.
+    Why: SGLang collects customized values as lists with one entry per token.
+    Guard: the hook applied; ``meta_info["seed"]`` is an int in every kind of answer.
+    Goes when: ``customized_info`` has values per request.
+    """
+    from idlm_sglang.engine.report import REPORT
+
+    reports = customized_info.get(REPORT)
+    if reports is None:
+        return original(manager, meta_info, state, customized_info, index, *rest)
+    others = {key: values for key, values in customized_info.items() if key != REPORT}
+    out = original(manager, meta_info, state, others, index, *rest)
+    meta_info.update(reports[index])
+    return out
 
 
 def token_keyed_sampler(sampler, *_, **__):
@@ -279,10 +311,13 @@ class Patch:
 
 _SRT = "sglang.srt."
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
+    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
+    Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
     Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),

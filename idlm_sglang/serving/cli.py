@@ -64,7 +64,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE} (default {DEFAULT_STRIDE})")
     option("--max-stride", metavar="N", help="the largest stride a request may ask for; memory is reserved for it (default: the stride)")
     option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
-    option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: rejection (default) or coupled")
+    option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
     option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")
