@@ -229,15 +229,62 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     Guard: the hook applied; the figures are compared with the answers in a test.
     Goes when: SGLang passes committed tokens per request to ``BaseSpecWorker``.
     """
-    from idlm_sglang.engine.spec_io import IsdResult
-
-    metrics = getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+    metrics = _step_metrics(processor, result)
     if metrics is None:
         return original(processor, batch, result)
-    lengths = metrics.before(batch)
+    metrics.begin(batch)
     out = original(processor, batch, result)
-    metrics.after(batch, result, lengths)
+    metrics.end()
     return out
+
+
+def count_row(processor, req, batch, result, i: int, *_) -> None:
+    """What: before ``SchedulerBatchResultProcessor._handle_finish_state_updated_req`` the row's step is counted.
+    Why: a finished answer leaves with its figures before the step's processing ends.
+    Guard: the hook applied; each answer's figures are compared with the counters in a test.
+    Goes when: with the hook above.
+    """
+    metrics = _step_metrics(processor, result)
+    if metrics is not None:
+        metrics.row(req, result, i)
+
+
+def _step_metrics(processor, result):
+    """The counters of the rank that counts, for a decode step of ISD; else None."""
+    from idlm_sglang.engine.spec_io import IsdResult
+
+    return getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+
+
+def own_figures(original: Callable, manager, meta_info: dict, recv_obj, i: int) -> Any:
+    """What: ``TokenizerManager._calculate_spec_decoding_metrics`` leaves the ISD figures in ``meta_info`` alone.
+    Why: it takes every one of a step's 2N - 2 rows behind the first for a proposed draft, and counts drafts behind a stop as accepted.
+    Guard: the hook applied; each answer's figures are compared with the counters in a test.
+    Goes when: a speculative worker reports proposed drafts per request.
+    """
+    return None if _is_isd() else original(manager, meta_info, recv_obj, i)
+
+
+def own_accept_rate(reporter, *_, **__) -> None:
+    """What: before ``SchedulerMetricsReporter.report_decode_stats`` its sums become those of the ISD counters.
+    Why: the log line and ``sglang:spec_accept_*`` divide by 2N - 2 drafts per row, and count rows of finished requests.
+    Guard: the hook applied; the log line's rate is compared with the counters in a test.
+    Goes when: with the hook above.
+    """
+    metrics = getattr(reporter.scheduler.draft_worker, "metrics", None) if _is_isd() else None
+    if metrics is None:
+        return
+    metrics.end()
+    if reporter.forward_ct_decode % reporter.decode_log_interval:
+        return
+    from sglang.srt.runtime_context import get_spec
+
+    tokens, rounds, proposed, accepted = metrics.interval()
+    reporter.spec_num_accept_tokens = tokens
+    # Only rows of finished requests: SGLang's own count keeps its division defined.
+    reporter.spec_num_forward_ct = rounds or reporter.spec_num_forward_ct
+    taken_for_proposed = reporter.spec_num_forward_ct * (get_spec().speculative_num_draft_tokens - 1)
+    reporter.spec_num_correct_drafts = accepted / proposed * taken_for_proposed if proposed else 0
 
 
 # --- 7. Switching the stride while serving -----------------------------------------------------------------------
@@ -275,7 +322,10 @@ def state_report(_, state, report: dict) -> None:
     """
     worker = state.scheduler.draft_worker
     if _is_isd() and worker.metrics is not None:
-        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **worker.metrics.totals.as_dict()}
+        totals = worker.metrics.totals.as_dict()
+        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **totals}
+        if totals["tokens_per_forward"] is not None:
+            report["avg_spec_accept_length"] = totals["tokens_per_forward"]
 
 
 # --- 8. The CPU platform -----------------------------------------------------------------------------------------
@@ -311,6 +361,7 @@ class Patch:
 
 _SRT = "sglang.srt."
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_PROCESSOR = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
@@ -324,11 +375,10 @@ PATCHES = (
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
-    Patch(
-        _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode",
-        "AROUND",
-        count_decode,
-    ),
+    Patch(_PROCESSOR + ".process_batch_result_decode", "AROUND", count_decode),
+    Patch(_PROCESSOR + "._handle_finish_state_updated_req", "BEFORE", count_row),
+    Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
+    Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),
 )
