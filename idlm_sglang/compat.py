@@ -265,6 +265,34 @@ def own_figures(original: Callable, manager, meta_info: dict, recv_obj, i: int) 
     return None if _is_isd() else original(manager, meta_info, recv_obj, i)
 
 
+def offer_for_selfcheck(_, manager, meta_info: dict, *__) -> None:
+    """What: after that the finished answer is offered to the self-check.
+    Why: here ``meta_info`` is whole and the request's state still known, streamed or not, whatever the endpoint.
+    Guard: the hook applied; the self-check's counters are compared with the answers in a test.
+    Goes when: SGLang tells plugins of finished requests.
+    """
+    if not _is_isd():
+        return
+    from idlm_sglang.config import handed_down
+    from idlm_sglang.engine.selfcheck import checker_of
+
+    checker = checker_of(manager, handed_down())
+    state = manager.rid_to_state.get(meta_info["id"])
+    if checker is not None and state is not None:
+        checker.offer(state.obj, state.output_ids, meta_info)
+
+
+def make_room(manager, obj, *_) -> None:
+    """What: before ``TokenizerManager._init_req_state`` a running self-check is aborted for a client's request.
+    Why: checks are for idle capacity; the scheduler hears of the abort before it hears of the request.
+    Guard: the hook applied; a test counts checks under load.
+    Goes when: SGLang's priority scheduling can preempt without a server flag.
+    """
+    checker = getattr(manager, "idlm_selfcheck", None)
+    if checker is not None:
+        checker.client_arrives(obj)
+
+
 def own_accept_rate(reporter, *_, **__) -> None:
     """What: before ``SchedulerMetricsReporter.report_decode_stats`` its sums become those of the ISD counters.
     Why: the log line and ``sglang:spec_accept_*`` divide by 2N - 2 drafts per row, and count rows of finished requests.
@@ -378,6 +406,8 @@ PATCHES = (
     Patch(_PROCESSOR + ".process_batch_result_decode", "AROUND", count_decode),
     Patch(_PROCESSOR + "._handle_finish_state_updated_req", "BEFORE", count_row),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
+    Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),
+    Patch(_TOKENIZER + "._init_req_state", "BEFORE", make_room),
     Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),

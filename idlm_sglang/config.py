@@ -1,12 +1,16 @@
 """Every setting of the plugin in one frozen dataclass, read from the environment and SGLang's flags."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 DEFAULT_STRIDE = 4
 MAX_STRIDE = 16
 ALGORITHM = "ISD"
+
+DEFAULT_SELFCHECK = 0.001
 
 REJECTION = "rejection"
 COUPLED = "coupled"
@@ -32,12 +36,14 @@ class Settings:
         max_stride: the largest N a request may ask for; KV and state are reserved for it.
         mask_token_id: MASK for checkpoints that do not name one, or None.
         sampling_rule: which exact rule serves sampled requests without a seed, ``coupled`` (the server draws one) or ``rejection``.
+        selfcheck: share of finished requests that is asked again at one token per step and compared, 0 to 1.
     """
 
     stride: int = DEFAULT_STRIDE
     max_stride: int = DEFAULT_STRIDE
     mask_token_id: int | None = None
     sampling_rule: str = COUPLED
+    selfcheck: float = DEFAULT_SELFCHECK
 
     @property
     def max_width(self) -> int:
@@ -57,6 +63,17 @@ def whole_number(shown: str, text: str, low: int, high: int | None) -> int:
     return value
 
 
+def share(shown: str, text: str) -> float:
+    """The number from 0 to 1 in ``text``; ``shown`` as for :func:`whole_number`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise SettingError(f"{shown} is not valid; allowed: a share from 0 (off) to 1")
+    return value
+
+
 def _integer(name: str, text: str, low: int, high: int | None) -> int:
     return whole_number(f"{name}={text!r}", text, low, high)
 
@@ -64,8 +81,8 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID`` and ``IDLM_SAMPLING_RULE`` are read; every bad value
-    raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE`` and ``IDLM_SELFCHECK`` are
+    read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride = None
@@ -93,11 +110,13 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     rule = env.get("IDLM_SAMPLING_RULE", COUPLED)
     if rule not in (REJECTION, COUPLED):
         raise SettingError(f"IDLM_SAMPLING_RULE={rule!r} is not known; allowed: {COUPLED}, {REJECTION}")
+    checked = env.get("IDLM_SELFCHECK")
     return Settings(
         stride=stride,
         max_stride=max_stride,
         mask_token_id=None if mask is None else _integer("IDLM_MASK_TOKEN_ID", mask, 0, None),
         sampling_rule=rule,
+        selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
     )
 
 
@@ -114,4 +133,9 @@ def handed_down() -> Settings:
     text = os.environ.get(_RESOLVED)
     if text is None:
         raise SettingError("the launching process resolved no settings; start through --speculative-algorithm ISD")
+    return _parsed(text)
+
+
+@lru_cache(1)
+def _parsed(text: str) -> Settings:
     return Settings(**json.loads(text))

@@ -3,7 +3,17 @@
 import logging
 
 from idlm_sglang.config import COUPLED, Settings
-from idlm_sglang.engine.requests import REFUSED, SINGLE, STRIDE_PARAM, STRIDED, RequestPlan, derived_seed, next_number
+from idlm_sglang.engine.requests import (
+    REFUSED,
+    SELFCHECK,
+    SELFCHECK_PARAM,
+    SINGLE,
+    STRIDE_PARAM,
+    STRIDED,
+    RequestPlan,
+    derived_seed,
+    next_number,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -12,10 +22,10 @@ _TOP_K_MAX = 2**31 - 1
 _BIAS_MAX = 1e30
 
 
-def _asked_stride(req):
-    """``custom_params.idlm_stride`` as given, or None. ``/generate`` lets ``custom_params`` be of any type."""
+def _asked(req, name: str):
+    """A field of ``custom_params`` as given, or None. ``/generate`` lets ``custom_params`` be of any type."""
     params = req.sampling_params.custom_params
-    return params.get(STRIDE_PARAM) if isinstance(params, dict) else None
+    return params.get(name) if isinstance(params, dict) else None
 
 
 def _refusal(req, settings: Settings) -> tuple[str, str] | None:
@@ -33,7 +43,7 @@ def _refusal(req, settings: Settings) -> tuple[str, str] | None:
     for token, bias in (params.logit_bias or {}).items():
         if not -_BIAS_MAX <= float(bias) <= _BIAS_MAX:
             return "logit_bias", f"logit_bias of token {token} is {bias}; allowed: {-_BIAS_MAX:g} to {_BIAS_MAX:g}"
-    stride = _asked_stride(req)
+    stride = _asked(req, STRIDE_PARAM)
     if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= settings.max_stride):
         return "stride", f"custom_params.{STRIDE_PARAM}={stride!r} is not valid; allowed: an integer from 1 to {settings.max_stride}"
     return None
@@ -75,13 +85,15 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
         # An exception here would end the scheduler: whatever the request holds, it is the request that ends.
         logger.exception("idlm: a request could not be read")
         refusal = "unreadable", f"the request's parameters could not be read: {error}"
-    stride = _asked_stride(req)
+    stride = _asked(req, STRIDE_PARAM)
     if refusal is not None:
         mode, (reason, message) = REFUSED, refusal
     else:
         reason, message = _single_reason(req), ""
         mode = SINGLE if reason else STRIDED
         reason = reason or ("stride" if stride is not None else "default")
+        if _asked(req, SELFCHECK_PARAM):
+            reason = SELFCHECK
     coupled = client_seed is not None or (settings is not None and settings.sampling_rule == COUPLED)
     return RequestPlan(number, mode, reason, stride, seed, coupled, message)
 

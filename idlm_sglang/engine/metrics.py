@@ -1,12 +1,14 @@
 """The ``idlm:*`` Prometheus series, counted on the host from results that have arrived there anyway.
 
 Counting happens where the scheduler has decided what a step really committed: behind stops, limits and aborts. Rows of
-requests that had already ended (the overlap schedule runs one step too many) are left out. One TP rank counts.
+requests that had already ended (the overlap schedule runs one step too many) and of the self-check are left out. One
+TP rank counts.
 """
 
 import logging
 from dataclasses import dataclass, field
 
+from idlm_sglang.engine.requests import SELFCHECK
 from idlm_sglang.engine.spec_io import IsdResult
 
 logger = logging.getLogger(__name__)
@@ -94,12 +96,13 @@ def figures_of(req) -> Figures:
 
 @dataclass
 class _Step:
-    """One decode step while SGLang works through its rows."""
+    """One decode step while SGLang works through its rows, ``left`` of which are still to come."""
 
     lengths: list[int]
-    stats: list[list[float]] | None
+    left: int
     proposed: list[int]
     accepted: list[int]
+    stats: list[list[float]] | None = None
     tokens: int = 0
     rounds: dict[str, int] = field(default_factory=lambda: {VERIFY: 0, COLD: 0, SINGLE: 0})
     introspection: float = 0.0
@@ -110,7 +113,7 @@ class IsdMetrics:
     """Counts decode steps; publishes them when ``labels`` is given.
 
     SGLang sends a finished answer while it still works on the step that finished it. So a step is counted row by row:
-    :meth:`begin`, :meth:`row` for each request once its tokens are appended and trimmed, :meth:`end`.
+    :meth:`begin`, :meth:`row` for each request once its tokens are appended and trimmed, :meth:`end` with the last of them.
 
     Args:
         max_drafts: K at the largest stride.
@@ -132,26 +135,37 @@ class IsdMetrics:
     def begin(self, batch) -> None:
         """A step's result has arrived; none of its tokens is appended yet."""
         k = len(self.totals.proposed)
-        self._step = _Step([len(req.output_ids) for req in batch.reqs], None, [0] * k, [0] * k)
+        left = sum(not (req.finished() or req.is_retracted) for req in batch.reqs)
+        self._step = _Step([len(req.output_ids) for req in batch.reqs], left, [0] * k, [0] * k)
 
     def row(self, req, result: IsdResult, i: int) -> None:
         """Row ``i`` of the step, its tokens appended and trimmed. SGLang leaves rows out that had already ended."""
         step = self._step
+        if step is None:
+            return
         if step.stats is None and result.round_stats is not None:
             step.stats = result.round_stats.tolist()
         end = len(req.output_ids) if req.finished_len is None else min(req.finished_len, len(req.output_ids))
         tokens = max(end - step.lengths[i], 0)
-        step.tokens += tokens
         single = step.stats is None or result.limits[i] == 0
         count, run = (0, 0) if single else map(int, step.stats[i][:2])
         figures_of(req).add(tokens, count, run)
+        if req.idlm_plan.reason != SELFCHECK:
+            self._count(step, single, tokens, count, run, step.stats[i][2] if count else 0.0)
+        step.left -= 1
+        if step.left == 0:
+            # Before the answers leave: who has one finds it counted.
+            self.end()
+
+    @staticmethod
+    def _count(step: _Step, single: bool, tokens: int, count: int, run: int, introspection: float) -> None:
+        step.tokens += tokens
         step.rounds[SINGLE if single else VERIFY if count else COLD] += 1
         for position in range(count):
             step.proposed[position] += 1
             step.accepted[position] += position < run
-        if not single:
-            step.introspection += step.stats[i][2]
-            step.tried += min(run + 1, count)
+        step.introspection += introspection
+        step.tried += min(run + 1, count)
 
     def end(self) -> None:
         """All rows of the step are counted. A second call does nothing."""

@@ -9,6 +9,9 @@ from idlm_sglang.config import MAX_STRIDE, Settings
 from idlm_sglang.isd.target import SamplingRows
 
 STRIDE_PARAM = "idlm_stride"
+# Marks a repetition by the self-check: it is no service to a client.
+SELFCHECK_PARAM = "idlm_selfcheck"
+SELFCHECK = "selfcheck"
 _TOP_K_ALL = 1 << 30
 _INT64 = 1 << 64
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from idlm_sglang.config import DEFAULT_STRIDE, MAX_STRIDE, SettingError
+from idlm_sglang.config import DEFAULT_SELFCHECK, DEFAULT_STRIDE, MAX_STRIDE, SettingError
 
 _DESCRIPTION = "Serve Introspective Diffusion Language Models (I-DLM) through SGLang, several tokens per forward."
 _EPILOG = "Run `idlm serve` alone for a first look: it serves a small embedded checkpoint, with or without a GPU."
@@ -78,6 +78,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--max-stride", metavar="N", help="the largest stride a request may ask for; memory is reserved for it (default: the stride)")
     option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
     option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
+    option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
     option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")

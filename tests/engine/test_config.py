@@ -9,7 +9,7 @@ from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, r
 
 
 def test_defaults():
-    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled")
+    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001)
 
 
 def test_environment_and_flag():
@@ -18,6 +18,7 @@ def test_environment_and_flag():
     assert read_settings(num_steps=5, environ={}) == Settings(6, 6)
     assert read_settings(num_steps=2, environ={"IDLM_STRIDE": "3"}).stride == 3
     assert read_settings(environ={"IDLM_STRIDE": "16"}).max_width == 31
+    assert [read_settings(environ={"IDLM_SELFCHECK": text}).selfcheck for text in ("0", "1", "0.25", "1e-4")] == [0, 1, 0.25, 1e-4]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,10 @@ def test_environment_and_flag():
         (None, {"IDLM_STRIDE": "8", "IDLM_MAX_STRIDE": "4"}, ["IDLM_MAX_STRIDE=4", "stride 8", "8 to 16"]),
         (None, {"IDLM_MAX_STRIDE": "99"}, ["IDLM_MAX_STRIDE", "'99'"]),
         (None, {"IDLM_MASK_TOKEN_ID": "-2"}, ["IDLM_MASK_TOKEN_ID", "'-2'", ">= 0"]),
+        (None, {"IDLM_SELFCHECK": "2"}, ["IDLM_SELFCHECK", "'2'", "0 (off) to 1"]),
+        (None, {"IDLM_SELFCHECK": "-0.1"}, ["IDLM_SELFCHECK", "'-0.1'"]),
+        (None, {"IDLM_SELFCHECK": "nan"}, ["IDLM_SELFCHECK", "'nan'"]),
+        (None, {"IDLM_SELFCHECK": "often"}, ["IDLM_SELFCHECK", "'often'"]),
         (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),
     ],
 )

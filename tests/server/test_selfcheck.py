@@ -1,0 +1,153 @@
+"""A real server that checks every answer it gives: nothing differs; and one whose acceptance is broken is found out."""
+
+import json
+import random
+import threading
+import time
+
+import pytest
+import requests
+
+from idlm_sglang.serving import cli
+from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts, with_pythonpath
+
+KINDS = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8, "sampling_seed": 3},
+    {"temperature": 1.5, "top_k": 5, "min_p": 0.05},
+    {"temperature": 0, "stop": ["e"]},
+    {"temperature": 1.0, "stop": ["and", "\n"]},
+    {"temperature": 1.0, "regex": "[a-z ]{10,30}"},
+    {"temperature": 0, "logit_bias": {"100": 5.0}},
+    {"temperature": 1.0, "ignore_eos": True},
+]
+
+
+def figures(server):
+    found = server.metrics()
+    return {event: found.get(f"idlm:selfcheck_{event}", 0.0) for event in ("total", "mismatch_total", "tie_total", "dropped_total")}
+
+
+def settled(server, count, seconds=240):
+    """The check counters once ``count`` answers have been decided or dropped."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = figures(server)
+        if now["total"] + now["dropped_total"] >= count:
+            return now
+        time.sleep(0.2)
+    raise AssertionError(f"{count} checks expected: {now}; {server.log.read_text(errors='replace')[-2000:]}")
+
+
+def at_rest(server):
+    """The check counters once they stand still: SGLang's own warm-up request is checked, too."""
+    now = None
+    while now != (now := figures(server)):
+        time.sleep(2)
+    return now
+
+
+@pytest.fixture(scope="module")
+def checked(logs):
+    env = {"IDLM_MAX_STRIDE": "8", "IDLM_SELFCHECK": "1", "SGLANG_IS_IN_CI": "1"}
+    with Server("checked", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env) as server:
+        yield server
+
+
+def test_clean_serving_of_mixed_requests_has_no_mismatch(checked):
+    rng = random.Random(17)
+    before, served = at_rest(checked), checked.metrics()
+    done = tokens = 0
+    for wave, texts in enumerate([prompts(52, seed=230 + i) for i in range(6)]):
+        calls = [{"prompt": p, "max_new_tokens": rng.randrange(1, 40), **KINDS[i % len(KINDS)]} for i, p in enumerate(texts)]
+        answers = checked.many([{**c, "stride": rng.choice([1, 2, 3, 4, 8])} if i % 3 else c for i, c in enumerate(calls)], 12)
+        body = {"text": chat("Tell me a story."), "sampling_params": {"temperature": 1.0, "max_new_tokens": 20, "n": 3}}
+        several = checked.post("/generate", body).json()
+        ask = {"model": "default", "messages": [{"role": "user", "content": f"What is {wave} + 7?"}], "max_tokens": 30}
+        chats = [checked.post("/v1/chat/completions", ask | {"temperature": t}).json() for t in (0, 1.0)]
+        streamed = checked.post("/generate", {"text": texts[0], "stream": True, "sampling_params": {"max_new_tokens": 20}}, stream=True)
+        last = json.loads([line for line in streamed.iter_lines() if line.startswith(b"data: {")][-1][6:])
+        tokens += sum(len(ids(a)) - 1 for a in [*answers, *several, last]) + sum(c["usage"]["completion_tokens"] - 1 for c in chats)
+        done += len(answers) + len(several) + len(chats) + 1
+        # Before the bounded queue overflows.
+        after = settled(checked, before["total"] + done)
+    delta = {event: after[event] - before[event] for event in after}
+    print(f"{done} mixed answers checked at one token per step: {delta}")
+    assert delta == {"total": done, "mismatch_total": 0, "tie_total": 0, "dropped_total": 0}
+    now = checked.metrics()
+    assert now["idlm:tokens_committed_total"] - served["idlm:tokens_committed_total"] == tokens, "checks are no service"
+    assert sum(v for k, v in now.items() if 'reason="selfcheck"' in k) >= done
+
+
+def test_a_check_waits_until_no_client_is_served(checked):
+    before = at_rest(checked)
+    asks = {"temperature": 0, "ignore_eos": True}
+    held = threading.Thread(target=checked.generate, kwargs={"prompt": chat("Tell me a story."), "max_new_tokens": 400, "stride": 1, **asks})
+    held.start()
+    finished = 0
+    while held.is_alive():
+        checked.generate("Hello", max_new_tokens=4, **asks)
+        finished += 1
+        during = figures(checked)
+        if held.is_alive():
+            assert during == before
+        if finished == 20:
+            break
+    held.join()
+    after = settled(checked, before["total"] + finished + 1)
+    assert finished > 3 and after["mismatch_total"] == before["mismatch_total"]
+
+
+def test_a_check_makes_room_for_a_client_and_comes_again(checked):
+    def admitted():
+        return sum(v for k, v in checked.metrics().items() if 'reason="selfcheck"' in k)
+
+    def aborted():
+        lines = requests.get(checked.url + "/metrics", timeout=30).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:num_aborted_requests_total"))
+
+    before, started, hangups = at_rest(checked), admitted(), aborted()
+    checked.generate(chat("Tell me a story."), temperature=0, ignore_eos=True, max_new_tokens=800, stride=8)
+    while admitted() == started:
+        time.sleep(0.02)
+    answers = 1
+    for _ in range(3):
+        checked.generate("Hello", temperature=0, max_new_tokens=4)
+        answers += 1
+    after = settled(checked, before["total"] + answers)
+    print(f"{admitted() - started:.0f} checks begun for {answers} answers")
+    assert admitted() - started > answers, "no check was cut short"
+    assert after == before | {"total": before["total"] + answers}
+    assert aborted() == hangups, "a check that makes room is no aborted request"
+
+
+def test_an_orderly_stop_does_not_wait_for_the_queue(logs):
+    with Server("stopping", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env={"IDLM_SELFCHECK": "1"}) as server:
+        calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 400} for p in prompts(8, seed=240)]
+        server.many(calls, 8)
+        server.process.terminate()
+        assert server.process.wait(60) in (0, -9, -15)
+        assert "Traceback" not in server.log.read_text(errors="replace")
+
+
+def test_a_broken_acceptance_is_found_and_its_line_replays(logs, tmp_path, capsys):
+    env = {"PYTHONPATH": with_pythonpath("corrupted"), "IDLM_SELFCHECK": "1"}
+    with Server("corrupted", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env) as server:
+        before = at_rest(server)
+        calls = [{"prompt": p, "max_new_tokens": 32, **KINDS[i % 4]} for i, p in enumerate(prompts(24, seed=241))]
+        server.many(calls, 8)
+        after = settled(server, before["total"] + len(calls))
+        wrong = after["mismatch_total"] - before["mismatch_total"]
+        print(f"{wrong:.0f} of {len(calls)} answers with broken acceptance were found")
+        assert wrong >= 6 and after["tie_total"] == 0
+        lines = [line for line in server.log.read_text().splitlines() if "SELF-CHECK MISMATCH" in line]
+        assert len(lines) == after["mismatch_total"]
+        file = tmp_path / "mismatches.jsonl"
+        file.write_text("\n".join(line.split("; replay: ")[1] for line in lines))
+        capsys.readouterr()
+        assert cli.main(["replay", str(file), "--url", server.url]) == 1
+        told = capsys.readouterr().out.splitlines()
+        for number, line in enumerate(lines):
+            at = line.split("first at token ")[1].split(":")[0]
+            assert told[number].startswith(f"line {number + 1}: token {at} differs: ")
