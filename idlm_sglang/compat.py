@@ -188,7 +188,21 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         scheduler.init_req_max_new_tokens(req)
 
 
-# --- 6. Metrics --------------------------------------------------------------------------------------------------
+# --- 6. Penalties ------------------------------------------------------------------------------------------------
+
+
+def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch, penalizers) -> None:
+    """What: ``BatchedPenalizerOrchestrator`` gets its penalizers in one order, additive ones first; under ISD it gets none.
+    Why: it is given a set of classes, so that with the overlap schedule off a process applies a repetition penalty before
+    or after the additive ones by chance. Under ISD the worker counts tokens on the device.
+    Guard: the hook applied; penalties are compared with AR, two of a kind together.
+    Goes when: SGLang gives it a list, and counts every token of a speculative step.
+    """
+    ordered = sorted(penalizers, key=lambda kind: (kind.is_multiplicative, kind.__name__))
+    original(orchestrator, vocab_size, batch, () if _is_isd() else ordered)
+
+
+# --- 7. Metrics --------------------------------------------------------------------------------------------------
 
 
 def count_decode(original: Callable, processor, batch, result) -> Any:
@@ -208,7 +222,7 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     return out
 
 
-# --- 7. Switching the stride while serving -----------------------------------------------------------------------
+# --- 8. Switching the stride while serving -----------------------------------------------------------------------
 
 
 def stride_handler(handlers: dict, state) -> dict | None:
@@ -246,7 +260,7 @@ def state_report(_, state, report: dict) -> None:
         report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **worker.metrics.totals.as_dict()}
 
 
-# --- 8. The CPU platform -----------------------------------------------------------------------------------------
+# --- 9. The CPU platform -----------------------------------------------------------------------------------------
 
 
 def page_table_in_torch(*args, **kwargs) -> None:
@@ -289,6 +303,7 @@ PATCHES = (
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
+    Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(
         _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode",
         "AROUND",

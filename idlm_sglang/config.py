@@ -32,12 +32,14 @@ class Settings:
         max_stride: the largest N a request may ask for; KV and state are reserved for it.
         mask_token_id: MASK for checkpoints that do not name one, or None.
         sampling_rule: which exact rule serves sampled requests without a seed, ``rejection`` or ``coupled``.
+        strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
     """
 
     stride: int = DEFAULT_STRIDE
     max_stride: int = DEFAULT_STRIDE
     mask_token_id: int | None = None
     sampling_rule: str = REJECTION
+    strided_grammars: bool = True
 
     @property
     def max_width(self) -> int:

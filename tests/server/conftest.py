@@ -12,8 +12,11 @@ def logs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ar(logs):
-    """Plain autoregressive serving of the embedded checkpoint, plugin loaded."""
-    with Server("ar", CHECKPOINT, logs) as server:
+    """Plain autoregressive serving of the embedded checkpoint, plugin loaded: the reference.
+
+    Overlap is off: with it, SGLang counts tokens for penalties one step late.
+    """
+    with Server("ar", CHECKPOINT, logs, "--disable-overlap-schedule") as server:
         yield server
 
 
