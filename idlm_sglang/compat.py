@@ -202,7 +202,53 @@ def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch,
     original(orchestrator, vocab_size, batch, () if _is_isd() else ordered)
 
 
-# --- 7. Metrics --------------------------------------------------------------------------------------------------
+# --- 7. Where an answer ends -------------------------------------------------------------------------------------
+
+
+def note_grammar_end(original: Callable, processor, req, tokens) -> list[int]:
+    """What: ``_accept_grammar_tokens`` leaves on the request whether its grammar ended within these tokens.
+    Why: :func:`finish_token_by_token` needs it.
+    Guard: the hook applied; a test with ``ignore_eos`` behind a complete grammar.
+    Goes when: the same.
+    """
+    ended = req.grammar.is_terminated()
+    retained = original(processor, req, tokens)
+    req.idlm_grammar_just_ended = not ended and req.grammar.is_terminated()
+    return retained
+
+
+def finish_token_by_token(original: Callable, req, new_accepted_len: int = 1) -> None:
+    """What: ``Req.update_finish_state`` sees an accepted run as AR would: one token after the other.
+    Why: over a whole run it prefers a stop string to an end token in front of it, and the first stop string of the list to
+    the first in the text; and a speculative run ends with its grammar, where AR adds one more token under ``ignore_eos``.
+    Guard: the hook applied; stops in every order inside a run are compared with AR.
+    Goes when: SGLang's own check does so.
+    """
+    if req.finished() or req.to_finish is not None or not _is_isd():
+        return original(req, new_accepted_len)
+    grammar = req.grammar
+    if getattr(req, "idlm_grammar_just_ended", False):
+        req.grammar, req.idlm_grammar_just_ended = None, False
+    try:
+        params = req.sampling_params
+        if new_accepted_len <= 1 or not (params.stop_strs or params.stop_regex_strs):
+            return original(req, new_accepted_len)
+        run = req.output_ids[-new_accepted_len:]
+        del req.output_ids[-new_accepted_len:]
+        for i, token in enumerate(run):
+            req.output_ids.append(token)
+            original(req, 1)
+            if req.finished():
+                # SGLang leaves the length open where the last token is the last of the answer; here more follow.
+                req.finished_len = len(req.output_ids) if req.finished_len is None else req.finished_len
+                req.output_ids.extend(run[i + 1 :])
+                return None
+    finally:
+        req.grammar = grammar
+    return None
+
+
+# --- 8. Metrics --------------------------------------------------------------------------------------------------
 
 
 def count_decode(original: Callable, processor, batch, result) -> Any:
@@ -222,7 +268,7 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     return out
 
 
-# --- 8. Switching the stride while serving -----------------------------------------------------------------------
+# --- 9. Switching the stride while serving -----------------------------------------------------------------------
 
 
 def stride_handler(handlers: dict, state) -> dict | None:
@@ -260,7 +306,7 @@ def state_report(_, state, report: dict) -> None:
         report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **worker.metrics.totals.as_dict()}
 
 
-# --- 9. The CPU platform -----------------------------------------------------------------------------------------
+# --- 10. The CPU platform -----------------------------------------------------------------------------------------
 
 
 def page_table_in_torch(*args, **kwargs) -> None:
@@ -292,6 +338,7 @@ class Patch:
 
 
 _SRT = "sglang.srt."
+_RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 PATCHES = (
@@ -304,11 +351,9 @@ PATCHES = (
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
-    Patch(
-        _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.process_batch_result_decode",
-        "AROUND",
-        count_decode,
-    ),
+    Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),
+    Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
+    Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),
 )
