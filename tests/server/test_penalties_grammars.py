@@ -64,7 +64,7 @@ def test_through_retraction_and_mixed_chunks(ar, isd_tight):
     want, got = ar.many(calls, 8), isd_tight.many(calls, 24)
     retracted = sum(a["meta_info"]["num_retractions"] > 0 for a in got)
     print(f"{retracted} of {len(got)} requests were retracted")
-    assert retracted >= 10
+    assert retracted >= 3
     assert not differing(want, got)
 
 
