@@ -56,8 +56,8 @@ def room_for_strides(result: int) -> int:
 
 def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     """What: ``ForwardBatch.init_new`` leaves the rows' noise keys on ``sampling_info.idlm_seeds``.
-    Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``.
-    Guard: the hook applied; seeded tests.
+    Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``, and draws none of its own.
+    Guard: the hook applied; seeded tests, and replays of unseeded answers at one token per step.
     Goes when: ``SamplingBatchInfo`` carries every request's seed.
     """
     info = batch.sampling_info
@@ -66,17 +66,49 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     info.idlm_seeds = None
     if info.sampling_seed is not None:
         return  # --enable-deterministic-inference in AR serving: SGLang's own seeds, batch-mates included
-    if not any(req.sampling_params.sampling_seed is not None for req in batch.reqs):
-        return
+    if forward_batch.forward_mode.is_target_verify():
+        return  # The worker has the seeds of its own step.
     import torch
 
     from idlm_sglang.engine.admission import plan_of
     from idlm_sglang.engine.requests import server_seed
 
-    seeds = [plan_of(req, None, server_seed()).seed for req in batch.reqs]
-    host = torch.tensor(seeds, dtype=torch.int64)
+    plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
+    if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
+        return
+    host = torch.tensor([plan.seed for plan in plans], dtype=torch.int64)
     on_gpu = torch.device(batch.device).type == "cuda"
     info.idlm_seeds = (host.pin_memory() if on_gpu else host).to(batch.device, non_blocking=True)
+
+
+def attach_report(acc, **_) -> None:
+    """What: before ``_GenerationStreamAccumulator.to_payload`` the answers' seeds and figures join the payload.
+    Why: ``customized_info`` is what SGLang carries to ``meta_info``; a plugin cannot subclass the streamer that fills it.
+    Guard: the hook applied; tests read the seed from streamed, whole and OpenAI answers.
+    Goes when: a speculative worker may add customized output.
+    """
+    from idlm_sglang.engine.report import REPORT, report
+
+    reports = [report(req) for req in acc.output_reqs]
+    if any(reports) and not acc.rust_server_mode:
+        acc.customized_info[REPORT] = reports
+
+
+def report_in_meta_info(original: Callable, manager, meta_info: dict, state, customized_info: dict, index: int, *rest) -> Any:
+    """What: ``TokenizerManager.update_request_meta_info`` puts that report into ``meta_info`` as plain values.
+    Why: SGLang collects customized values as lists with one entry per token.
+    Guard: the hook applied; ``meta_info["seed"]`` is an int in every kind of answer.
+    Goes when: ``customized_info`` has values per request.
+    """
+    from idlm_sglang.engine.report import REPORT
+
+    reports = customized_info.get(REPORT)
+    if reports is None:
+        return original(manager, meta_info, state, customized_info, index, *rest)
+    others = {key: values for key, values in customized_info.items() if key != REPORT}
+    out = original(manager, meta_info, state, others, index, *rest)
+    meta_info.update(reports[index])
+    return out
 
 
 def token_keyed_sampler(sampler, *_, **__):
@@ -257,15 +289,62 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     Guard: the hook applied; the figures are compared with the answers in a test.
     Goes when: SGLang passes committed tokens per request to ``BaseSpecWorker``.
     """
-    from idlm_sglang.engine.spec_io import IsdResult
-
-    metrics = getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+    metrics = _step_metrics(processor, result)
     if metrics is None:
         return original(processor, batch, result)
-    lengths = metrics.before(batch)
+    metrics.begin(batch)
     out = original(processor, batch, result)
-    metrics.after(batch, result, lengths)
+    metrics.end()
     return out
+
+
+def count_row(processor, req, batch, result, i: int, *_) -> None:
+    """What: before ``SchedulerBatchResultProcessor._handle_finish_state_updated_req`` the row's step is counted.
+    Why: a finished answer leaves with its figures before the step's processing ends.
+    Guard: the hook applied; each answer's figures are compared with the counters in a test.
+    Goes when: with the hook above.
+    """
+    metrics = _step_metrics(processor, result)
+    if metrics is not None:
+        metrics.row(req, result, i)
+
+
+def _step_metrics(processor, result):
+    """The counters of the rank that counts, for a decode step of ISD; else None."""
+    from idlm_sglang.engine.spec_io import IsdResult
+
+    return getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+
+
+def own_figures(original: Callable, manager, meta_info: dict, recv_obj, i: int) -> Any:
+    """What: ``TokenizerManager._calculate_spec_decoding_metrics`` leaves the ISD figures in ``meta_info`` alone.
+    Why: it takes every one of a step's 2N - 2 rows behind the first for a proposed draft, and counts drafts behind a stop as accepted.
+    Guard: the hook applied; each answer's figures are compared with the counters in a test.
+    Goes when: a speculative worker reports proposed drafts per request.
+    """
+    return None if _is_isd() else original(manager, meta_info, recv_obj, i)
+
+
+def own_accept_rate(reporter, *_, **__) -> None:
+    """What: before ``SchedulerMetricsReporter.report_decode_stats`` its sums become those of the ISD counters.
+    Why: the log line and ``sglang:spec_accept_*`` divide by 2N - 2 drafts per row, and count rows of finished requests.
+    Guard: the hook applied; the log line's rate is compared with the counters in a test.
+    Goes when: with the hook above.
+    """
+    metrics = getattr(reporter.scheduler.draft_worker, "metrics", None) if _is_isd() else None
+    if metrics is None:
+        return
+    metrics.end()
+    if reporter.forward_ct_decode % reporter.decode_log_interval:
+        return
+    from sglang.srt.runtime_context import get_spec
+
+    tokens, rounds, proposed, accepted = metrics.interval()
+    reporter.spec_num_accept_tokens = tokens
+    # Only rows of finished requests: SGLang's own count keeps its division defined.
+    reporter.spec_num_forward_ct = rounds or reporter.spec_num_forward_ct
+    taken_for_proposed = reporter.spec_num_forward_ct * (get_spec().speculative_num_draft_tokens - 1)
+    reporter.spec_num_correct_drafts = accepted / proposed * taken_for_proposed if proposed else 0
 
 
 # --- 9. Switching the stride while serving -----------------------------------------------------------------------
@@ -303,7 +382,10 @@ def state_report(_, state, report: dict) -> None:
     """
     worker = state.scheduler.draft_worker
     if _is_isd() and worker.metrics is not None:
-        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **worker.metrics.totals.as_dict()}
+        totals = worker.metrics.totals.as_dict()
+        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **totals}
+        if totals["tokens_per_forward"] is not None:
+            report["avg_spec_accept_length"] = totals["tokens_per_forward"]
 
 
 # --- 10. The CPU platform -----------------------------------------------------------------------------------------
@@ -340,10 +422,13 @@ class Patch:
 _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
+    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
+    Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
     Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
@@ -354,6 +439,9 @@ PATCHES = (
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
     Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
+    Patch(_RESULTS + "._handle_finish_state_updated_req", "BEFORE", count_row),
+    Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
+    Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),
 )

@@ -31,14 +31,14 @@ class Settings:
         stride: N, tokens proposed and verified per forward by default (1..16; 1 is plain autoregressive decoding).
         max_stride: the largest N a request may ask for; KV and state are reserved for it.
         mask_token_id: MASK for checkpoints that do not name one, or None.
-        sampling_rule: which exact rule serves sampled requests without a seed, ``rejection`` or ``coupled``.
+        sampling_rule: which exact rule serves sampled requests without a seed, ``coupled`` (the server draws one) or ``rejection``.
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
     """
 
     stride: int = DEFAULT_STRIDE
     max_stride: int = DEFAULT_STRIDE
     mask_token_id: int | None = None
-    sampling_rule: str = REJECTION
+    sampling_rule: str = COUPLED
     strided_grammars: bool = True
 
     @property
@@ -92,9 +92,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         if max_stride < stride:
             raise SettingError(f"IDLM_MAX_STRIDE={max_stride} is below the stride {stride}; allowed: {stride} to {MAX_STRIDE}")
     mask = env.get("IDLM_MASK_TOKEN_ID")
-    rule = env.get("IDLM_SAMPLING_RULE", REJECTION)
+    rule = env.get("IDLM_SAMPLING_RULE", COUPLED)
     if rule not in (REJECTION, COUPLED):
-        raise SettingError(f"IDLM_SAMPLING_RULE={rule!r} is not known; allowed: {REJECTION}, {COUPLED}")
+        raise SettingError(f"IDLM_SAMPLING_RULE={rule!r} is not known; allowed: {COUPLED}, {REJECTION}")
     return Settings(
         stride=stride,
         max_stride=max_stride,

@@ -2,7 +2,7 @@
 
 import logging
 
-from idlm_sglang.config import Settings
+from idlm_sglang.config import COUPLED, Settings
 from idlm_sglang.engine.requests import REFUSED, SINGLE, STRIDE_PARAM, STRIDED, RequestPlan, derived_seed, next_number
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
 
     Args:
         req: SGLang's ``Req``.
-        settings: the server's; None in plain AR serving, where only the seed matters.
+        settings: the server's; None in plain AR serving, where only a client's seed matters.
         server_seed: SGLang's ``random_seed``, the same on every TP rank.
     """
     number = next_number()
@@ -77,7 +77,8 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
         reason, message = _single_reason(req, settings), ""
         mode = SINGLE if reason else STRIDED
         reason = reason or ("stride" if stride is not None else "default")
-    return RequestPlan(number, mode, reason, stride, seed, client_seed is not None, message)
+    coupled = client_seed is not None or (settings is not None and settings.sampling_rule == COUPLED)
+    return RequestPlan(number, mode, reason, stride, seed, coupled, message)
 
 
 def defuse(req) -> None:

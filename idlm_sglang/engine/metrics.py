@@ -43,8 +43,74 @@ class Totals:
         }
 
 
+@dataclass
+class Figures:
+    """What decode forwards did for one request.
+
+    Attributes:
+        forwards: decode forwards it took part in.
+        tokens: tokens they committed, behind stops and limits.
+        proposed: drafts verified; accepted: those of them that were accepted and committed.
+        histogram: forwards by the number of accepted drafts they committed.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+    def add(self, tokens: int, proposed: int, run: int) -> None:
+        """One forward that verified ``proposed`` drafts, accepted ``run`` of them and committed ``tokens`` tokens."""
+        kept = min(run, tokens)
+        self.forwards += 1
+        self.tokens += tokens
+        self.proposed += proposed
+        self.accepted += kept
+        self.histogram.extend([0] * (kept + 1 - len(self.histogram)))
+        self.histogram[kept] += 1
+
+    def as_meta_info(self) -> dict:
+        """Under the names that SGLang's own figures have; nothing for an answer that came from its prefill alone."""
+        if self.forwards == 0:
+            return {}
+        return {
+            "spec_accept_rate": self.accepted / self.proposed if self.proposed else 0.0,
+            "spec_accept_length": self.tokens / self.forwards,
+            "spec_num_correct_drafts": self.accepted,
+            "spec_num_proposed_drafts": self.proposed,
+            "spec_verify_ct": self.forwards,
+            "spec_correct_drafts_histogram": list(self.histogram),
+        }
+
+
+def figures_of(req) -> Figures:
+    """The figures of a request so far; they outlive a retraction."""
+    found = getattr(req, "idlm_figures", None)
+    if found is None:
+        found = req.idlm_figures = Figures()
+    return found
+
+
+@dataclass
+class _Step:
+    """One decode step while SGLang works through its rows."""
+
+    lengths: list[int]
+    stats: list[list[float]] | None
+    proposed: list[int]
+    accepted: list[int]
+    tokens: int = 0
+    rounds: dict[str, int] = field(default_factory=lambda: {VERIFY: 0, COLD: 0, SINGLE: 0})
+    introspection: float = 0.0
+    tried: int = 0
+
+
 class IsdMetrics:
     """Counts decode steps; publishes them when ``labels`` is given.
+
+    SGLang sends a finished answer while it still works on the step that finished it. So a step is counted row by row:
+    :meth:`begin`, :meth:`row` for each request once its tokens are appended and trimmed, :meth:`end`.
 
     Args:
         max_drafts: K at the largest stride.
@@ -54,6 +120,8 @@ class IsdMetrics:
     def __init__(self, max_drafts: int, labels: dict[str, str] | None):
         self.totals = Totals(proposed=[0] * max_drafts, accepted=[0] * max_drafts)
         self._warned = False
+        self._step: _Step | None = None
+        self._told = (0, 0, 0, 0)
         self._series = _series(labels, max_drafts) if labels is not None else None
 
     def request(self, mode: str, reason: str) -> None:
@@ -61,56 +129,63 @@ class IsdMetrics:
         if self._series:
             self._series["requests"](mode=mode, reason=reason).inc()
 
-    def before(self, batch) -> list[int | None]:
-        """Output lengths before a step's tokens are appended; None for rows that no longer count."""
-        return [None if req.finished() or req.is_retracted else len(req.output_ids) for req in batch.reqs]
-
-    def after(self, batch, result: IsdResult, lengths: list[int | None]) -> None:
-        """Count a step once its tokens have been appended and trimmed."""
-        stats = result.round_stats.tolist() if result.round_stats is not None else None
-        tokens, rounds = 0, {VERIFY: 0, COLD: 0, SINGLE: 0}
+    def begin(self, batch) -> None:
+        """A step's result has arrived; none of its tokens is appended yet."""
         k = len(self.totals.proposed)
-        proposed, accepted = [0] * k, [0] * k
-        introspection, tried = 0.0, 0
-        for i, (req, length) in enumerate(zip(batch.reqs, lengths)):
-            if length is None:
-                continue
-            end = len(req.output_ids) if req.finished_len is None else min(req.finished_len, len(req.output_ids))
-            tokens += max(end - length, 0)
-            if stats is None or result.limits[i] == 0:
-                rounds[SINGLE] += 1
-                continue
-            count, run = int(stats[i][0]), int(stats[i][1])
-            rounds[VERIFY if count else COLD] += 1
-            for position in range(count):
-                proposed[position] += 1
-                accepted[position] += position < run
-            introspection += stats[i][2]
-            tried += min(run + 1, count)
-        self._add(tokens, rounds, proposed, accepted, introspection, tried)
+        self._step = _Step([len(req.output_ids) for req in batch.reqs], None, [0] * k, [0] * k)
 
-    def _add(self, tokens, rounds, proposed, accepted, introspection, tried) -> None:
-        totals, series = self.totals, self._series
-        totals.tokens += tokens
+    def row(self, req, result: IsdResult, i: int) -> None:
+        """Row ``i`` of the step, its tokens appended and trimmed. SGLang leaves rows out that had already ended."""
+        step = self._step
+        if step.stats is None and result.round_stats is not None:
+            step.stats = result.round_stats.tolist()
+        end = len(req.output_ids) if req.finished_len is None else min(req.finished_len, len(req.output_ids))
+        tokens = max(end - step.lengths[i], 0)
+        step.tokens += tokens
+        single = step.stats is None or result.limits[i] == 0
+        count, run = (0, 0) if single else map(int, step.stats[i][:2])
+        figures_of(req).add(tokens, count, run)
+        step.rounds[SINGLE if single else VERIFY if count else COLD] += 1
+        for position in range(count):
+            step.proposed[position] += 1
+            step.accepted[position] += position < run
+        if not single:
+            step.introspection += step.stats[i][2]
+            step.tried += min(run + 1, count)
+
+    def end(self) -> None:
+        """All rows of the step are counted. A second call does nothing."""
+        step, totals, series = self._step, self.totals, self._series
+        if step is None:
+            return
+        self._step = None
+        totals.tokens += step.tokens
         totals.forwards += 1
-        totals.introspection += introspection
-        totals.tried += tried
-        for kind, n in rounds.items():
+        totals.introspection += step.introspection
+        totals.tried += step.tried
+        for kind, n in step.rounds.items():
             totals.rounds[kind] += n
-        for i, (p, a) in enumerate(zip(proposed, accepted)):
+        for i, (p, a) in enumerate(zip(step.proposed, step.accepted)):
             totals.proposed[i] += p
             totals.accepted[i] += a
         if series:
-            series["tokens"].inc(tokens)
+            series["tokens"].inc(step.tokens)
             series["forwards"].inc()
-            series["introspection_sum"].inc(introspection)
-            series["introspection_count"].inc(tried)
-            for kind, n in rounds.items():
+            series["introspection_sum"].inc(step.introspection)
+            series["introspection_count"].inc(step.tried)
+            for kind, n in step.rounds.items():
                 series["rounds"][kind].inc(n)
-            for i, (p, a) in enumerate(zip(proposed, accepted)):
+            for i, (p, a) in enumerate(zip(step.proposed, step.accepted)):
                 series["proposed"][i].inc(p)
                 series["accepted"][i].inc(a)
         self._warn_when_nothing_is_accepted()
+
+    def interval(self) -> tuple[int, int, int, int]:
+        """Tokens, rounds, drafts proposed and drafts accepted since the last call."""
+        t = self.totals
+        now = (t.tokens, sum(t.rounds.values()), sum(t.proposed), sum(t.accepted))
+        since, self._told = tuple(a - b for a, b in zip(now, self._told)), now
+        return since
 
     def _warn_when_nothing_is_accepted(self) -> None:
         t = self.totals

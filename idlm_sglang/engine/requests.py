@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from idlm_sglang.config import COUPLED, MAX_STRIDE, Settings
+from idlm_sglang.config import MAX_STRIDE, Settings
 from idlm_sglang.engine.penalties import on_device, penalised_rows
 from idlm_sglang.isd.target import SamplingRows
 
@@ -27,8 +27,8 @@ class RequestPlan:
         mode: ``strided``, ``single`` (one token per step) or ``refused``.
         reason: why, one word for a metric label.
         stride: the stride asked for by ``custom_params``, or None for the server's.
-        seed: 64-bit key of the request's noise.
-        seeded: the client gave the seed.
+        seed: 64-bit key of the request's noise; drawn by the server where the client gave none.
+        coupled: the coupled rule decides, so that the seed alone fixes a sampled answer.
         message: for a refused request, what to tell the client.
     """
 
@@ -37,17 +37,19 @@ class RequestPlan:
     reason: str
     stride: int | None
     seed: int
-    seeded: bool
+    coupled: bool
     message: str = ""
 
 
 def derived_seed(server_seed: int, number: int) -> int:
-    """The noise key of a request without a seed, an int64: a SplitMix64 step over (server seed, request number)."""
+    """The noise key of a request without a seed, 0 to 2^53 - 1: a SplitMix64 step over (server seed, request number).
+
+    Answers report it: 53 bits pass through JSON readers that hold numbers as doubles.
+    """
     x = (server_seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % _INT64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % _INT64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % _INT64
-    x ^= x >> 31
-    return x - _INT64 if x >= _INT64 // 2 else x
+    return (x ^ (x >> 31)) >> 11
 
 
 def next_number() -> int:
@@ -87,7 +89,7 @@ class BatchRows:
     def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, vocab: int, device):
         limits = [stride_limit(plan, settings, server_stride) for plan in plans]
         # Walking a grammar looks at drafts, which only the coupled rule permits.
-        coupled = [plan.seeded or settings.sampling_rule == COUPLED or req.grammar is not None for req, plan in zip(reqs, plans)]
+        coupled = [plan.coupled or req.grammar is not None for req, plan in zip(reqs, plans)]
         host = torch.tensor(
             [[p.number for p in plans], limits, [p.seed for p in plans], [int(c) for c in coupled]], dtype=torch.int64
         )

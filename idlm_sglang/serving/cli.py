@@ -1,6 +1,7 @@
 """The `idlm` command: what it accepts and where it goes. Nothing heavy is imported before it is needed."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,18 @@ Say whether this environment can serve, one line per item: ok, warn (works, with
 Exit code 1 if anything fails."""
 
 
+_REPLAY_DESCRIPTION = """\
+Ask a log of answers again at one token per step, and compare: token ids where the log has them, else text and how the
+answer ended. FILE is JSONL, one answer (or one request's list of answers) a line; - is standard input:
+
+  {"path": "/generate" | "/v1/chat/completions" | "/v1/completions", "request": {...}, "response": {...}}
+
+The seed is the request's, or the one in the answer's meta_info. A line is printed for every difference and for every
+answer that cannot be replayed, such as a sampled one without a seed.
+
+exit code: 0 all equal, 1 some differ, 2 the file or the server cannot be read or nothing could be replayed."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Mistakes end in one line, without a page of usage."""
 
@@ -49,7 +62,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay}")
 
     serve = commands.add_parser(
         "serve",
@@ -64,7 +77,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE} (default {DEFAULT_STRIDE})")
     option("--max-stride", metavar="N", help="the largest stride a request may ask for; memory is reserved for it (default: the stride)")
     option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
-    option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: rejection (default) or coupled")
+    option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
     option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")
@@ -75,6 +88,14 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     check.add_argument("--host", default="127.0.0.1", help="address the server would listen on (default 127.0.0.1)")
     check.add_argument("--port", default="30000", help="port the server would listen on (default 30000)")
+
+    replay = commands.add_parser(
+        "replay", help="ask logged answers again at one token per step", description=_REPLAY_DESCRIPTION, formatter_class=style, allow_abbrev=False
+    )
+    replay.add_argument("file", metavar="FILE", help="a JSONL log of answers, - for standard input")
+    replay.add_argument("--url", default="http://127.0.0.1:30000", help="the server to ask (default http://127.0.0.1:30000)")
+    replay.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
+    replay.add_argument("--clients", metavar="N", default="4", help="requests at a time (default 4)")
     return top, serve
 
 
@@ -96,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from idlm_sglang.serving.check import run
 
         return run(own.host, own.port)
+    if own.command == "replay":
+        from idlm_sglang.serving.replay import run
+
+        return run(own.file, own.url, own.api_key or os.environ.get("API_KEY"), own.clients)
     top.print_help()
     return 0 if not words else 2
 

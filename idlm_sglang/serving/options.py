@@ -187,7 +187,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     top = integer("--max-stride", own.max_stride, 1, MAX_STRIDE)
     integer("--mask-token-id", own.mask_token_id, 0, None)
     if own.sampling_rule not in (None, REJECTION, COUPLED):
-        raise SettingError(f"--sampling-rule {own.sampling_rule} is not known; allowed: {REJECTION}, {COUPLED}")
+        raise SettingError(f"--sampling-rule {own.sampling_rule} is not known; allowed: {COUPLED}, {REJECTION}")
     if stride is not None and top is not None and top < stride:
         raise SettingError(f"--max-stride {top} is below --stride {stride}; allowed: {stride} to {MAX_STRIDE}")
     steps = words.value(_STEPS)

@@ -1,5 +1,7 @@
 """What a request gets is decided from the request alone."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from idlm_sglang.config import Settings
 from idlm_sglang.engine.admission import plan_of, plan_request
+from idlm_sglang.engine.report import report, reported_seed
 from idlm_sglang.engine.requests import BatchRows, derived_seed, stride_limit
 
 SETTINGS = Settings(stride=4, max_stride=8)
@@ -87,15 +90,17 @@ def test_limits_follow_the_request_the_server_and_the_mode():
 def test_a_client_s_seed_is_kept_and_derived_seeds_do_not_repeat():
     assert plan_request(request(sampling_seed=-7), SETTINGS, 1).seed == -7
     seeds = {derived_seed(s, n) for s in (0, 1, 42) for n in range(5000)}
-    assert len(seeds) == 15000 and all(-(2**63) <= s < 2**63 for s in seeds)
+    assert len(seeds) == 15000 and all(0 <= s < 2**53 for s in seeds)
+    assert max(seeds) > 2**52 and all(json.loads(json.dumps(float(s))) == s for s in seeds), "every drawn seed survives a double"
 
 
 def test_batch_rows_say_what_the_step_needs():
     reqs = [request(temperature=0), request(temperature=1.0, sampling_seed=5), request(temperature=1.0, top_p=0.5)]
     for r in reqs:
         r.sampling_params.normalize(None)
-    plans = [plan_request(r, SETTINGS, 1) for r in reqs]
-    rows = BatchRows(reqs, plans, SETTINGS, 4, VOCAB, "cpu")
+    rejection = replace(SETTINGS, sampling_rule="rejection")
+    plans = [plan_request(r, rejection, 1) for r in reqs]
+    rows = BatchRows(reqs, plans, rejection, 4, VOCAB, "cpu")
     assert rows.limits.tolist() == [3, 3, 3] and rows.drafts == 3
     assert rows.coupled.tolist() == [False, True, False]
     assert (rows.any_sampled, rows.any_truncated, rows.any_rejection) == (True, True, True)
@@ -103,11 +108,33 @@ def test_batch_rows_say_what_the_step_needs():
     assert (greedy.any_sampled, greedy.any_truncated, greedy.any_rejection) == (False, False, False)
     seeded = BatchRows(reqs[:2], plans[:2], SETTINGS, 4, VOCAB, "cpu")
     assert (seeded.any_truncated, seeded.any_rejection) == (False, False)
+    unseeded = BatchRows(reqs, [plan_request(r, SETTINGS, 1) for r in reqs], SETTINGS, 4, VOCAB, "cpu")
+    assert unseeded.coupled.tolist() == [True] * 3 and not unseeded.any_rejection, "coupled is the rule unless another is set"
+
+
+@pytest.mark.parametrize(
+    "rule, params, replayable",
+    [
+        ("coupled", {"temperature": 1.0}, True),
+        ("coupled", {"temperature": 1.0, "sampling_seed": 5}, True),
+        ("coupled", {"temperature": 0}, False),
+        ("rejection", {"temperature": 1.0}, False),
+        ("rejection", {"temperature": 1.0, "sampling_seed": 5}, True),
+        ("coupled", {"temperature": 1.0, "custom_params": {"idlm_stride": 99}}, False),
+    ],
+)
+def test_a_seed_is_reported_exactly_where_it_reproduces_the_answer(rule, params, replayable):
+    req = request(**params)
+    req.sampling_params.normalize(None)
+    plan = plan_of(req, replace(SETTINGS, sampling_rule=rule), 1)
+    assert reported_seed(req) == (plan.seed if replayable else None)
+    assert report(req) == ({"seed": plan.seed} if replayable else {})
 
 
 def test_a_grammar_request_uses_the_coupled_rule():
     """Its drafts are looked at before they are tried."""
     req = request(temperature=1.0, grammar=object())
     req.sampling_params.normalize(None)
-    rows = BatchRows([req], [plan_request(req, SETTINGS, 1)], SETTINGS, 4, VOCAB, "cpu")
+    rejection = replace(SETTINGS, sampling_rule="rejection")
+    rows = BatchRows([req], [plan_request(req, rejection, 1)], rejection, 4, VOCAB, "cpu")
     assert rows.coupled.tolist() == [True] and not rows.any_rejection and rows.grammars == [0]

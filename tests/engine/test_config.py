@@ -9,12 +9,12 @@ from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, r
 
 
 def test_defaults():
-    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="rejection")
+    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled")
 
 
 def test_environment_and_flag():
-    env = {"IDLM_STRIDE": "3", "IDLM_MAX_STRIDE": "8", "IDLM_MASK_TOKEN_ID": "7", "IDLM_SAMPLING_RULE": "coupled"}
-    assert read_settings(environ=env) == Settings(3, 8, 7, "coupled")
+    env = {"IDLM_STRIDE": "3", "IDLM_MAX_STRIDE": "8", "IDLM_MASK_TOKEN_ID": "7", "IDLM_SAMPLING_RULE": "rejection"}
+    assert read_settings(environ=env) == Settings(3, 8, 7, "rejection")
     assert read_settings(num_steps=5, environ={}) == Settings(6, 6)
     assert read_settings(num_steps=2, environ={"IDLM_STRIDE": "3"}).stride == 3
     assert read_settings(environ={"IDLM_STRIDE": "16"}).max_width == 31
@@ -33,7 +33,7 @@ def test_environment_and_flag():
         (None, {"IDLM_STRIDE": "8", "IDLM_MAX_STRIDE": "4"}, ["IDLM_MAX_STRIDE=4", "stride 8", "8 to 16"]),
         (None, {"IDLM_MAX_STRIDE": "99"}, ["IDLM_MAX_STRIDE", "'99'"]),
         (None, {"IDLM_MASK_TOKEN_ID": "-2"}, ["IDLM_MASK_TOKEN_ID", "'-2'", ">= 0"]),
-        (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "rejection, coupled"]),
+        (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),
     ],
 )
 def test_a_bad_value_is_one_line_with_setting_value_and_what_is_allowed(steps, env, words):
@@ -54,5 +54,5 @@ def test_settings_reach_the_processes_that_inherit_the_environment(monkeypatch):
     with pytest.raises(SettingError):
         handed_down()
     monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
-    hand_down(Settings(2, 8, 5, "coupled"))
-    assert handed_down() == Settings(2, 8, 5, "coupled")
+    hand_down(Settings(2, 8, 5, "rejection"))
+    assert handed_down() == Settings(2, 8, 5, "rejection")

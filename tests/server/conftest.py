@@ -29,6 +29,15 @@ def isd(logs):
 
 
 @pytest.fixture(scope="session")
+def isd_rejection(logs):
+    """ISD with the paper's p/q rule for sampled requests without a seed; streams carry increments, every step is logged."""
+    env = {"IDLM_MAX_STRIDE": "8", "IDLM_SAMPLING_RULE": "rejection", "SGLANG_IS_IN_CI": "1"}
+    flags = ["--speculative-algorithm", "ISD", "--enable-metrics", "--incremental-streaming-output", "--decode-log-interval", "1"]
+    with Server("isd_rejection", CHECKPOINT, logs, *flags, env=env) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def isd_sync(logs):
     """ISD without overlap, pages of 16, chunked prefill of 32 mixed with decoding."""
     flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk"]

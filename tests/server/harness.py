@@ -25,6 +25,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def with_pythonpath(directory: str) -> str:
+    """``PYTHONPATH`` that puts a directory of these tests, with its ``sitecustomize``, before what is there already."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent / directory), os.environ.get("PYTHONPATH")]))
+
+
 class Server:
     """``python -m sglang.launch_server`` on 127.0.0.1 as a context manager."""
 

@@ -2,18 +2,17 @@
 
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from scipy.stats import chi2_contingency
 
-from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts
+from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts, with_pythonpath
 
 # A question in the making has many continuations; tokens 3 to 5 come from drafts where those were accepted.
 PROMPT = "<|im_start|>user\nMy name is"
 SAMPLES = 3000
-# 21 chi-square tests: a false alarm in fewer than 1 of 1,000 runs.
-BOUND = 3e-5
+# 42 chi-square tests: a false alarm in fewer than 1 of 1,000 runs.
+BOUND = 2e-5
 SETTINGS = {
     "T=1": {"temperature": 1.0},
     "T=0.7 top-p 0.8": {"temperature": 0.7, "top_p": 0.8},
@@ -77,21 +76,23 @@ def check(reference, samples, label):
     return worst
 
 
+@pytest.mark.parametrize("rule", ["isd", "isd_rejection"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sampled_distribution_is_that_of_ar(reference, isd, name):
-    """Seven chi-square tests per setting, on single tokens and on pairs."""
-    before = isd.metrics()
-    samples = draw(isd, SAMPLES, SETTINGS[name], stride=4)
-    after = isd.metrics()
+def test_sampled_distribution_is_that_of_ar(reference, request, rule, name):
+    """Seven chi-square tests per setting, on single tokens and on pairs; for the coupled rule under seeds the server draws, and for p/q."""
+    server = request.getfixturevalue(rule)
+    before = server.metrics()
+    samples = draw(server, SAMPLES, SETTINGS[name], stride=4)
+    after = server.metrics()
     accepted = sum(after[k] - before[k] for k in after if k.startswith("idlm:drafts_accepted"))
     assert accepted > SAMPLES / 4, "hardly a draft was accepted: the test would show nothing"
-    assert check(reference[name], samples, name) > BOUND
+    assert check(reference[name], samples, f"{rule} {name}") > BOUND
 
 
 def test_a_biased_acceptance_rule_fails_the_same_test(reference, logs):
     """Every draft kept, one of the published shortcuts, in an otherwise equal server."""
     name = "T=1.5 top-k 5 min-p 0.05"
-    biased = {"PYTHONPATH": str(Path(__file__).parent / "biased")}
+    biased = {"PYTHONPATH": with_pythonpath("biased"), "IDLM_SAMPLING_RULE": "rejection"}
     with Server("biased", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env=biased) as server:
         samples = draw(server, SAMPLES, SETTINGS[name])
     assert check(reference[name], samples, "biased") < BOUND

@@ -78,7 +78,7 @@ CASES = (
     Case((), ("IDLM_STRIDE='17'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "17"}),
     Case((), ("IDLM_STRIDE='four'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "four"}),
     Case((), ("IDLM_MAX_STRIDE=2", "; allowed: 4 to 16"), environ={"IDLM_MAX_STRIDE": "2"}),
-    Case((), ("IDLM_SAMPLING_RULE='x'", "; allowed: rejection, coupled"), environ={"IDLM_SAMPLING_RULE": "x"}),
+    Case((), ("IDLM_SAMPLING_RULE='x'", "; allowed: coupled, rejection"), environ={"IDLM_SAMPLING_RULE": "x"}),
     Case(("--speculative-num-steps", "2"), ("IDLM_STRIDE=8", "--speculative-num-steps 2"), environ={"IDLM_STRIDE": "8"}),
     # Checkpoints.
     Case((), ("names no MASK token", "IDLM_MASK_TOKEN_ID is not set", "; allowed: "), model="without_mask"),

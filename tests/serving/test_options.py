@@ -64,12 +64,12 @@ def test_ar_serves_the_same_checkpoint_without_an_algorithm():
 
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
-    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "coupled")
+    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection")
     assert got.environ == {
         "IDLM_STRIDE": "3",
         "IDLM_MAX_STRIDE": "8",
         "IDLM_MASK_TOKEN_ID": "7",
-        "IDLM_SAMPLING_RULE": "coupled",
+        "IDLM_SAMPLING_RULE": "rejection",
     }
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 
@@ -97,7 +97,7 @@ def test_the_address_is_one_a_client_can_use(host, address):
         (["--stride", "4", "--max-stride", "3"], "--max-stride 3 is below --stride 4; allowed: 4 to 16"),
         (["--stride", "4", "--speculative-num-steps", "2"], "--stride 4 and --speculative-num-steps 2 disagree; allowed: "),
         (["--mask-token-id", "x"], "--mask-token-id x is not valid; allowed: an integer >= 0"),
-        (["--sampling-rule", "exact"], "--sampling-rule exact is not known; allowed: rejection, coupled"),
+        (["--sampling-rule", "exact"], "--sampling-rule exact is not known; allowed: coupled, rejection"),
         (["--ar", "--stride", "4"], "--stride 4 has no meaning with --ar"),
         (["--ar", "--max-stride", "4"], "--max-stride 4 has no meaning with --ar"),
         (["--ar", "--sampling-rule", "coupled"], "--sampling-rule coupled has no meaning with --ar"),

@@ -18,7 +18,7 @@ RESOLVED = {
     "algorithm": "ISD",
     "stride": 4,
     "max_stride": 8,
-    "rule": "rejection",
+    "rule": "coupled",
     "concurrency": 64,
     "device": "NVIDIA H200, 140 GiB",
     "platform": "CudaSRTPlatform",
@@ -53,7 +53,7 @@ def test_the_summary_names_every_choice():
     text = summary.text(a_launch(), RESOLVED)
     for part in (
         "m: SDARForCausalLM, served as IDLMForCausalLM, bfloat16",
-        "stride 4: up to 4 tokens per forward of 7 rows, requests may ask for up to 8; sampling rule rejection",
+        "stride 4: up to 4 tokens per forward of 7 rows, requests may ask for up to 8; sampling rule coupled",
         "token 151669, from the config",
         "64 requests",
         "NVIDIA H200, 140 GiB, triton attention, TP 2, platform CudaSRTPlatform",
