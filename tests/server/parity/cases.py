@@ -166,7 +166,8 @@ def stops(ask):
         elif kind == "regex":
             ask.params["stop_regex"] = rng.choice(["[0-9] ", "[a-z]+\\.", "e[a-z] "])
         elif kind == "eos":
-            ask.params["ignore_eos"] = True
+            # Behind the end of a grammar AR would go on with one token that no grammar allows.
+            ask.params["ignore_eos"] = not ask.features & {"grammar", "tools", "reasoning"}
         elif kind == "trim":
             ask.params["no_stop_trim"] = True
         else:
@@ -197,14 +198,14 @@ FEATURES = {
         (sampling, 0.08),
         (seed, 0.25),
         (penalties, 0.22),
-        (grammar, 0.14),
-        (tools, 0.12),
-        (reasoning, 0.08),
+        (grammar, 0.16),
+        (tools, 0.25),
+        (reasoning, 0.25),
         (logit_bias, 0.2),
         (logprobs, 0.3),
         (stops, 0.3),
         (batches, 0.25),
-        (custom_processors, 0.07),
+        (custom_processors, 0.12),
         (meta, 0.3),
     )
 }
@@ -296,7 +297,8 @@ def chat_body(ask, texts) -> dict:
         body |= {"tools": tool_list(ask), "tool_choice": named if choice == "named" else choice}
     body |= {k: ask.top[k] for k in ("separate_reasoning", "stream_reasoning") if k in ask.top}
     if "meta" in ask.top:
-        body |= {"return_cached_tokens_details": True} if ask.streamed else {"return_token_ids": True, "return_prompt_token_ids": True, "return_meta_info": True}
+        # Chat refuses these in a stream.
+        body |= {} if ask.streamed else {"return_token_ids": True, "return_prompt_token_ids": True, "return_meta_info": True}
     return body
 
 
