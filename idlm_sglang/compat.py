@@ -220,6 +220,18 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         scheduler.init_req_max_new_tokens(req)
 
 
+def scores_without_generating(req) -> bool:
+    """What: ``Req.is_prefill_only``, a property, is true for ``max_new_tokens`` 0 under ISD too.
+    Why: SGLang switches it off for every speculative algorithm; ``/v1/score`` then reads the wrong positions. ISD runs a
+    prefill as it is, and has nothing to lose there.
+    Guard: the property is still one; scores are compared with AR.
+    Goes when: SGLang asks the algorithm.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    return req.sampling_params.max_new_tokens == 0 and get_spec().speculative_algorithm in (None, ALGORITHM)
+
+
 # --- 6. Penalties ------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +420,7 @@ class Patch:
 
     Attributes:
         target: dotted path of the function in SGLang.
-        kind: a ``HookType`` name.
+        kind: a ``HookType`` name, or PROPERTY for a property, which the registry cannot hook.
         hook: the function hooked in.
         parameters: for a replacement, the target's parameters it was written for.
     """
@@ -418,6 +430,8 @@ class Patch:
     hook: Callable
     parameters: tuple[str, ...] = ()
 
+
+PROPERTY = "PROPERTY"
 
 _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -435,6 +449,7 @@ PATCHES = (
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
+    Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
@@ -475,15 +490,32 @@ def register_patches() -> None:
             found = tuple(inspect.signature(pkgutil.resolve_name(patch.target)).parameters)
             if found != patch.parameters:
                 raise SettingError(f"SGLang {version('sglang')}: {patch.target} takes {found}; allowed: {patch.parameters}")
-        HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
+        if patch.kind == PROPERTY:
+            _replace_property(patch)
+        else:
+            HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
+
+
+def _replace_property(patch: Patch) -> None:
+    owner, name = patch.target.rsplit(".", 1)
+    if not isinstance(inspect.getattr_static(pkgutil.resolve_name(owner), name), property):
+        raise SettingError(f"SGLang {version('sglang')}: {patch.target} is no property any more")
+    setattr(pkgutil.resolve_name(owner), name, property(patch.hook))
+
+
+def _taken(patch: Patch) -> bool:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if patch.kind == PROPERTY:
+        owner, name = patch.target.rsplit(".", 1)
+        return getattr(inspect.getattr_static(pkgutil.resolve_name(owner), name), "fget", None) is patch.hook
+    return patch.target in HookRegistry._patched
 
 
 def assert_applied() -> None:
     """Raise :class:`SettingError` if a patch did not take: serving on would be wrong, not merely slower."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     wanted = patches()
-    missing = [patch.target for patch in wanted if patch.target not in HookRegistry._patched]
+    missing = [patch.target for patch in wanted if not _taken(patch)]
     if missing:
         raise SettingError(
             f"SGLang {version('sglang')} did not take {len(missing)} of {len(wanted)} hooks ({', '.join(missing)}); "
