@@ -7,17 +7,14 @@ a time, on the same greedy chat prompts, kept out of training. Figures of one ru
 """
 
 import argparse
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
+from benchmarks.server import running
 from idlm_sglang.demo.corpus import held_out_dialogues
 
-START_SECONDS = 240
 REPEATS = 3
 
 
@@ -42,27 +39,9 @@ def timed(url: str, questions: list[str], clients: int) -> float:
 
 def arm(flags: list[str], questions: list[str], clients: list[int]) -> list[float]:
     """Start one server, time it at every concurrency, end it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), "--disable-radix-cache", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                if requests.get(url + "/health_generate", timeout=10).ok:
-                    break
-            except requests.RequestException:
-                time.sleep(0.5)
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start: {' '.join(command)}")
+    with running(flags) as url:
         timed(url, questions[:8], 4)
         return [timed(url, questions, c) for c in clients]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def main() -> None:

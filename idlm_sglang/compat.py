@@ -220,7 +220,79 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         scheduler.init_req_max_new_tokens(req)
 
 
-# --- 6. Metrics --------------------------------------------------------------------------------------------------
+def scores_without_generating(req) -> bool:
+    """What: ``Req.is_prefill_only``, a property, is true for ``max_new_tokens`` 0 under ISD too.
+    Why: SGLang switches it off for every speculative algorithm; ``/v1/score`` then reads the wrong positions. ISD runs a
+    prefill as it is, and has nothing to lose there.
+    Guard: the property is still one; scores are compared with AR.
+    Goes when: SGLang asks the algorithm.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    return req.sampling_params.max_new_tokens == 0 and get_spec().speculative_algorithm in (None, ALGORITHM)
+
+
+# --- 6. Penalties ------------------------------------------------------------------------------------------------
+
+
+def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch, penalizers) -> None:
+    """What: ``BatchedPenalizerOrchestrator`` gets its penalizers in one order, additive ones first; under ISD it gets none.
+    Why: it is given a set of classes, so that with the overlap schedule off a process applies a repetition penalty before
+    or after the additive ones by chance. Under ISD the worker counts tokens on the device.
+    Guard: the hook applied; penalties are compared with AR, two of a kind together.
+    Goes when: SGLang gives it a list, and counts every token of a speculative step.
+    """
+    ordered = sorted(penalizers, key=lambda kind: (kind.is_multiplicative, kind.__name__))
+    original(orchestrator, vocab_size, batch, () if _is_isd() else ordered)
+
+
+# --- 7. Where an answer ends -------------------------------------------------------------------------------------
+
+
+def note_grammar_end(original: Callable, processor, req, tokens) -> list[int]:
+    """What: ``_accept_grammar_tokens`` leaves on the request whether its grammar ended within these tokens.
+    Why: :func:`finish_token_by_token` needs it.
+    Guard: the hook applied; a test with ``ignore_eos`` behind a complete grammar.
+    Goes when: the same.
+    """
+    ended = req.grammar.is_terminated()
+    retained = original(processor, req, tokens)
+    req.idlm_grammar_just_ended = not ended and req.grammar.is_terminated()
+    return retained
+
+
+def finish_token_by_token(original: Callable, req, new_accepted_len: int = 1) -> None:
+    """What: ``Req.update_finish_state`` sees an accepted run as AR would: one token after the other.
+    Why: over a whole run it prefers a stop string to an end token in front of it, and the first stop string of the list to
+    the first in the text; and a speculative run ends with its grammar, where AR adds one more token under ``ignore_eos``.
+    Guard: the hook applied; stops in every order inside a run are compared with AR.
+    Goes when: SGLang's own check does so.
+    """
+    if req.finished() or req.to_finish is not None or not _is_isd():
+        return original(req, new_accepted_len)
+    grammar = req.grammar
+    if getattr(req, "idlm_grammar_just_ended", False):
+        req.grammar, req.idlm_grammar_just_ended = None, False
+    try:
+        params = req.sampling_params
+        if new_accepted_len <= 1 or not (params.stop_strs or params.stop_regex_strs):
+            return original(req, new_accepted_len)
+        run = req.output_ids[-new_accepted_len:]
+        del req.output_ids[-new_accepted_len:]
+        for i, token in enumerate(run):
+            req.output_ids.append(token)
+            original(req, 1)
+            if req.finished():
+                # SGLang leaves the length open where the last token is the last of the answer; here more follow.
+                req.finished_len = len(req.output_ids) if req.finished_len is None else req.finished_len
+                req.output_ids.extend(run[i + 1 :])
+                return None
+    finally:
+        req.grammar = grammar
+    return None
+
+
+# --- 8. Metrics --------------------------------------------------------------------------------------------------
 
 
 def count_decode(original: Callable, processor, batch, result) -> Any:
@@ -315,7 +387,7 @@ def own_accept_rate(reporter, *_, **__) -> None:
     reporter.spec_num_correct_drafts = accepted / proposed * taken_for_proposed if proposed else 0
 
 
-# --- 7. Switching the stride while serving -----------------------------------------------------------------------
+# --- 9. Switching the stride while serving -----------------------------------------------------------------------
 
 
 def stride_handler(handlers: dict, state) -> dict | None:
@@ -356,7 +428,7 @@ def state_report(_, state, report: dict) -> None:
             report["avg_spec_accept_length"] = totals["tokens_per_forward"]
 
 
-# --- 8. The CPU platform -----------------------------------------------------------------------------------------
+# --- 10. The CPU platform -----------------------------------------------------------------------------------------
 
 
 def page_table_in_torch(*args, **kwargs) -> None:
@@ -376,7 +448,7 @@ class Patch:
 
     Attributes:
         target: dotted path of the function in SGLang.
-        kind: a ``HookType`` name.
+        kind: a ``HookType`` name, or PROPERTY for a property, which the registry cannot hook.
         hook: the function hooked in.
         parameters: for a replacement, the target's parameters it was written for.
     """
@@ -387,9 +459,11 @@ class Patch:
     parameters: tuple[str, ...] = ()
 
 
+PROPERTY = "PROPERTY"
+
 _SRT = "sglang.srt."
+_RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
-_PROCESSOR = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
@@ -403,8 +477,12 @@ PATCHES = (
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
-    Patch(_PROCESSOR + ".process_batch_result_decode", "AROUND", count_decode),
-    Patch(_PROCESSOR + "._handle_finish_state_updated_req", "BEFORE", count_row),
+    Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
+    Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
+    Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),
+    Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
+    Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
+    Patch(_RESULTS + "._handle_finish_state_updated_req", "BEFORE", count_row),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),
     Patch(_TOKENIZER + "._init_req_state", "BEFORE", make_room),
@@ -442,15 +520,32 @@ def register_patches() -> None:
             found = tuple(inspect.signature(pkgutil.resolve_name(patch.target)).parameters)
             if found != patch.parameters:
                 raise SettingError(f"SGLang {version('sglang')}: {patch.target} takes {found}; allowed: {patch.parameters}")
-        HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
+        if patch.kind == PROPERTY:
+            _replace_property(patch)
+        else:
+            HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
+
+
+def _replace_property(patch: Patch) -> None:
+    owner, name = patch.target.rsplit(".", 1)
+    if not isinstance(inspect.getattr_static(pkgutil.resolve_name(owner), name), property):
+        raise SettingError(f"SGLang {version('sglang')}: {patch.target} is no property any more")
+    setattr(pkgutil.resolve_name(owner), name, property(patch.hook))
+
+
+def _taken(patch: Patch) -> bool:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if patch.kind == PROPERTY:
+        owner, name = patch.target.rsplit(".", 1)
+        return getattr(inspect.getattr_static(pkgutil.resolve_name(owner), name), "fget", None) is patch.hook
+    return patch.target in HookRegistry._patched
 
 
 def assert_applied() -> None:
     """Raise :class:`SettingError` if a patch did not take: serving on would be wrong, not merely slower."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     wanted = patches()
-    missing = [patch.target for patch in wanted if patch.target not in HookRegistry._patched]
+    missing = [patch.target for patch in wanted if not _taken(patch)]
     if missing:
         raise SettingError(
             f"SGLang {version('sglang')} did not take {len(missing)} of {len(wanted)} hooks ({', '.join(missing)}); "

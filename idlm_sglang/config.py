@@ -37,6 +37,7 @@ class Settings:
         mask_token_id: MASK for checkpoints that do not name one, or None.
         sampling_rule: which exact rule serves sampled requests without a seed, ``coupled`` (the server draws one) or ``rejection``.
         selfcheck: share of finished requests that is asked again at one token per step and compared, 0 to 1.
+        strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
     """
 
     stride: int = DEFAULT_STRIDE
@@ -44,6 +45,7 @@ class Settings:
     mask_token_id: int | None = None
     sampling_rule: str = COUPLED
     selfcheck: float = DEFAULT_SELFCHECK
+    strided_grammars: bool = True
 
     @property
     def max_width(self) -> int:

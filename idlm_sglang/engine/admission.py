@@ -49,22 +49,17 @@ def _refusal(req, settings: Settings) -> tuple[str, str] | None:
     return None
 
 
-def _single_reason(req) -> str | None:
+def _has_grammar(req) -> bool:
+    fields = ("json_schema", "regex", "ebnf", "structural_tag")
+    return req.grammar is not None or any(getattr(req.sampling_params, field, None) is not None for field in fields)
+
+
+def _single_reason(req, settings: Settings | None) -> str | None:
     """Why a request decodes one token per step: its target depends on state that drafts do not carry."""
-    params = req.sampling_params
-    if req.grammar is not None or any(
-        getattr(params, field, None) is not None for field in ("json_schema", "regex", "ebnf", "structural_tag")
-    ):
-        return "grammar"
     if req.custom_logit_processor:
         return "custom_logit_processor"
-    if (
-        params.frequency_penalty != 0.0
-        or params.presence_penalty != 0.0
-        or params.repetition_penalty != 1.0
-        or params.min_new_tokens > 0
-    ):
-        return "penalties"
+    if settings is not None and not settings.strided_grammars and _has_grammar(req):
+        return "grammar"
     return None
 
 
@@ -89,7 +84,7 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
     if refusal is not None:
         mode, (reason, message) = REFUSED, refusal
     else:
-        reason, message = _single_reason(req), ""
+        reason, message = _single_reason(req, settings), ""
         mode = SINGLE if reason else STRIDED
         reason = reason or ("stride" if stride is not None else "default")
         if _asked(req, SELFCHECK_PARAM):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm_sglang.config import MAX_STRIDE, Settings
+from idlm_sglang.engine.penalties import on_device, penalised_rows
 from idlm_sglang.isd.target import SamplingRows
 
 STRIDE_PARAM = "idlm_stride"
@@ -83,22 +84,26 @@ class BatchRows:
         numbers: ``(B,)`` int64 request numbers; limits: ``(B,)`` int64 draft limits; seeds: ``(B,)`` int64;
         coupled: ``(B,)`` bool. All on the device.
         limits_host: the limits as a list; drafts: K of this step, the largest of them.
-        single: host list, which rows decode one token per step by decision of admission.
+        grammars: host list of the rows whose grammar is walked over the drafts.
+        single_grammar: some grammar cannot be walked; its row decodes one token per step.
+        penalised: the penalised rows, or None.
     """
 
-    def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, device):
+    def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, vocab: int, device):
         limits = [stride_limit(plan, settings, server_stride) for plan in plans]
-        coupled = [plan.coupled for plan in plans]
+        # Walking a grammar looks at drafts, which only the coupled rule permits.
+        coupled = [plan.coupled or req.grammar is not None for req, plan in zip(reqs, plans)]
         host = torch.tensor(
             [[p.number for p in plans], limits, [p.seed for p in plans], [int(c) for c in coupled]], dtype=torch.int64
         )
-        on_gpu = torch.device(device).type == "cuda"
-        packed = (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)
+        packed = on_device(host, device)
         self.numbers, self.limits, self.seeds = packed[0], packed[1], packed[2]
         self.coupled = packed[3].bool()
         self.limits_host = limits
         self.drafts = max(limits)
-        self.single = [plan.mode == SINGLE for plan in plans]
+        self.grammars = [i for i, req in enumerate(reqs) if req.grammar is not None and settings.strided_grammars]
+        self.single_grammar = not settings.strided_grammars and any(req.grammar is not None for req in reqs)
+        self.penalised = penalised_rows(reqs, vocab, device)
         sampled = [r.sampling_params for r in reqs if r.sampling_params.top_k > 1]
         self.any_sampled = bool(sampled)
         self.any_truncated = any(s.top_k < _TOP_K_ALL or s.top_p < 1.0 or s.min_p > 0 for s in sampled)

@@ -1,24 +1,31 @@
 """The decoding worker: one target forward per decode step, inside SGLang's scheduler."""
 
 import logging
+from dataclasses import replace
+from http import HTTPStatus
 
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.runtime_context import get_observability, get_parallel, get_serving
+from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_serving
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
 from idlm_sglang.config import REJECTION, SettingError, handed_down
 from idlm_sglang.engine.admission import plan_of
+from idlm_sglang.engine.grammar import STRIDED_BACKENDS, GrammarStep
 from idlm_sglang.engine.metrics import IsdMetrics
+from idlm_sglang.engine.penalties import TokenCounts, on_device, penalised_rows, sampler_terms
 from idlm_sglang.engine.requests import BatchRows, server_seed
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
-from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.state import Carried, SlotState
 from idlm_sglang.isd import isd_step, step_positions, step_tokens
+from idlm_sglang.isd.penalties import penalise
+from idlm_sglang.isd.verify import valid_drafts
 from idlm_sglang.model import MaskFreeLogitsProcessor
 
 logger = logging.getLogger(__name__)
@@ -40,7 +47,7 @@ class IsdWorker(BaseSpecWorker):
         self._target_worker = target_worker
         self.model_runner = target_worker.model_runner
         self.device = target_worker.device
-        self.settings = handed_down()
+        self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.stride = self.settings.stride
         self.server_seed = server_seed()
         self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
@@ -49,6 +56,7 @@ class IsdWorker(BaseSpecWorker):
         self.vocab = self.model_runner.model_config.vocab_size
         self.last_position = self.model_runner.model_config.context_len - 1
         self.state: SlotState | None = None
+        self.counts: TokenCounts | None = None
         self._rows: tuple[tuple, BatchRows] | None = None
         counts = get_parallel().tp_rank == 0
         labels = None
@@ -73,13 +81,15 @@ class IsdWorker(BaseSpecWorker):
         slots, drafts = self.req_to_token.shape[0], self.settings.max_stride - 1
         keep_q = self.settings.sampling_rule == REJECTION
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
+        self.counts = TokenCounts(slots, self.vocab, self.device)
         logger.info(
-            "idlm: stride %d (up to %d), MASK %d, sampling rule %s, q memory %.1f MB for %d slots",
+            "idlm: stride %d (up to %d), MASK %d, sampling rule %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
             self.stride,
             self.settings.max_stride,
             self.mask_id,
             self.settings.sampling_rule,
             SlotState.q_bytes(slots, drafts, self.vocab) / 2**20 if keep_q else 0.0,
+            self.counts.counts.nbytes / 2**20,
             slots,
         )
 
@@ -106,18 +116,47 @@ class IsdWorker(BaseSpecWorker):
         plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
         key = (self.stride, *(plan.number for plan in plans))
         if self._rows is None or self._rows[0] != key:
-            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, self.stride, self.device))
+            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, self.stride, self.vocab, self.device))
         return self._rows[1]
 
     def _extend(self, batch, on_publish):
         slots, seq_lens = batch.req_pool_indices, batch.seq_lens
+        penalised = penalised_rows(batch.reqs, self.vocab, self.device)
+        if penalised is not None:
+            self._restart_counts(batch, penalised)
+            self._give_sampler_penalties(batch, penalised, seq_lens)
         result = self._target_worker.forward_batch_generation(batch)
+        if penalised is not None:
+            self._count(batch, penalised, result.next_token_ids.to(torch.int64).view(-1, 1), torch.ones_like(seq_lens))
         self.state.clear(slots)
         result.new_seq_lens = seq_lens
         result.next_draft_input = IsdDraftInput(result.next_token_ids.to(torch.int64), seq_lens)
         if on_publish is not None:
             on_publish(seq_lens)
         return result
+
+    # Penalties.
+
+    def _restart_counts(self, batch, penalised) -> None:
+        """Requests being prefilled are counted anew from the host, which knows all their tokens; decode rows go on."""
+        decoding = {id(req) for req in batch.decoding_reqs or ()}
+        rows = [i for i in penalised.rows if id(batch.reqs[i]) not in decoding]
+        if rows:
+            slots = batch.req_pool_indices[on_device(torch.tensor(rows, dtype=torch.int64), self.device)]
+            self.counts.restart(slots, [list(batch.reqs[i].output_ids) for i in rows])
+
+    def _give_sampler_penalties(self, batch, penalised, seq_lens) -> None:
+        """Leave the penalties where SGLang's sampler takes them from (a copy of the batch's that lives for one forward)."""
+        info, index = batch.sampling_info, penalised.index
+        counts = self.counts.of(batch.req_pool_indices[index])
+        next_index = seq_lens[index] - penalised.prompt_lens
+        info.acc_additive_penalties, info.acc_scaling_penalties = sampler_terms(penalised, counts, next_index, len(batch.reqs))
+
+    def _count(self, batch, penalised, tokens, lens) -> None:
+        index = penalised.index
+        self.counts.add(batch.req_pool_indices[index], tokens[index], lens[index])
+
+    # Decode steps.
 
     def _single_step(self, batch, rows: BatchRows, on_publish):
         """Stride 1: an ordinary decode forward."""
@@ -131,8 +170,12 @@ class IsdWorker(BaseSpecWorker):
         if batch.seq_lens_cpu is not None:
             batch.seq_lens_cpu = batch.seq_lens_cpu + 1
         batch.seq_lens_sum = None
+        if rows.penalised is not None:
+            self._give_sampler_penalties(batch, rows.penalised, batch.seq_lens)
         out = self._target_worker.forward_batch_generation(batch)
         tokens = out.next_token_ids.to(torch.int64)
+        if rows.penalised is not None:
+            self._count(batch, rows.penalised, tokens.view(-1, 1), torch.ones_like(committed))
         if batch.return_logprob:
             self._logprobs_as_chain(out.logits_output, len(batch.reqs))
         return self._result(batch, out, tokens, torch.ones_like(committed, dtype=torch.int32), tokens, committed, 1, None, None, on_publish)
@@ -142,6 +185,10 @@ class IsdWorker(BaseSpecWorker):
         slots, committed, k = batch.req_pool_indices, batch.seq_lens, rows.drafts
         width, count = 2 * k + 1, len(batch.reqs)
         carried = self.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection)
+        grammars = GrammarStep(batch.reqs, rows.grammars, rows.limits_host, k, self.vocab, self.mask_id) if rows.grammars else None
+        if grammars is not None:
+            carried, failed = grammars.adjust(carried)
+            self._abort(batch, failed)
         tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, self.mask_id)
         positions = step_positions(committed, width)
         batch.out_cache_loc = self.req_to_token[slots[:, None], positions].view(-1).to(torch.int64)
@@ -151,11 +198,13 @@ class IsdWorker(BaseSpecWorker):
         out = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
         logits = out.logits_output.next_token_logits.float().view(count, width, -1)
-        logits = self._with_request_terms(logits, batch, rows)
+        logits = self._with_request_terms(logits, batch, rows, carried, grammars)
         step = isd_step(
             logits, carried.drafts, carried.counts, carried.log_q, carried.q, rows.limits, committed, rows.sampling(batch.sampling_info)
         )
         self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
+        if rows.penalised is not None:
+            self._count(batch, rows.penalised, step.tokens, step.accept_lens)
         if batch.return_logprob:
             out.logits_output.next_token_logits = logits[:, : k + 1].reshape(count * (k + 1), -1)
             compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)
@@ -165,19 +214,39 @@ class IsdWorker(BaseSpecWorker):
         limits = rows.limits_host
         return self._result(batch, out, step.tokens.view(-1), step.accept_lens, step.last, committed, k + 1, stats, limits, on_publish)
 
-    def _with_request_terms(self, logits: torch.Tensor, batch, rows: BatchRows) -> torch.Tensor:
-        """Logit bias on every row; on row 0 of one-token-per-step requests what SGLang's own sampler would apply."""
+    def _with_request_terms(self, logits: torch.Tensor, batch, rows: BatchRows, carried: Carried, grammars: GrammarStep | None) -> torch.Tensor:
+        """What the requests add to the logits ``(B, W, V)``, in the order of SGLang's sampler: penalties, grammar, bias, processors."""
         info = batch.sampling_info
-        if not any(rows.single):
-            return logits if info.logit_bias is None else logits + info.logit_bias[:, None]
-        first = logits[:, 0].clone()
-        info.update_regex_vocab_mask()
-        info.apply_logits_bias(first)
-        info.grammar_mask = None
+        if rows.penalised is not None:
+            index = rows.penalised.index
+            logits[index] = penalise(
+                logits[index],
+                rows.penalised.penalties,
+                self.counts.of(batch.req_pool_indices[index]),
+                carried.drafts[index],
+                valid_drafts(carried.counts[index], carried.drafts.shape[1]),
+                batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
+            )
+        if grammars is not None:
+            grammars.apply(logits)
+        if rows.single_grammar:
+            first = logits[:, 0].clone()
+            info.update_regex_vocab_mask()
+            info.grammar_mask.apply(first)
+            info.grammar_mask = None
+            logits[:, 0] = first
+        if info.logit_bias is not None:
+            logits += info.logit_bias[:, None]
         if info.has_custom_logit_processor:
+            first = logits[:, 0].clone()
             apply_custom_logit_processor(first, info)
-        rest = logits[:, 1:] if info.logit_bias is None else logits[:, 1:] + info.logit_bias[:, None]
-        return torch.cat([first[:, None], rest], dim=1)
+            logits[:, 0] = first
+        return logits
+
+    @staticmethod
+    def _abort(batch, failed: dict[int, Exception]) -> None:
+        for row, error in failed.items():
+            batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
     @staticmethod
     def _logprobs_as_chain(output, count: int) -> None:

@@ -13,6 +13,7 @@ from idlm_sglang.engine.report import report, reported_seed
 from idlm_sglang.engine.requests import BatchRows, derived_seed, stride_limit
 
 SETTINGS = Settings(stride=4, max_stride=8)
+VOCAB = 32
 
 
 class HiddenStates:
@@ -40,13 +41,10 @@ def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, *
         (request(), "strided", "default"),
         (request(temperature=0.7, top_p=0.9, min_p=0.1, sampling_seed=3, logit_bias={"5": 1.0}), "strided", "default"),
         (request(custom_params={"idlm_stride": 2}), "strided", "stride"),
-        (request(presence_penalty=0.1), "single", "penalties"),
-        (request(frequency_penalty=0.1), "single", "penalties"),
-        (request(repetition_penalty=1.1), "single", "penalties"),
-        (request(min_new_tokens=2), "single", "penalties"),
-        (request(regex="a+"), "single", "grammar"),
-        (request(json_schema="{}"), "single", "grammar"),
-        (request(grammar=object()), "single", "grammar"),
+        (request(presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1, min_new_tokens=2), "strided", "default"),
+        (request(regex="a+"), "strided", "default"),
+        (request(grammar=object()), "strided", "default"),
+        (request(regex="a+", processor="code"), "single", "custom_logit_processor"),
         (request(processor="code"), "single", "custom_logit_processor"),
         (request(custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "strided", "selfcheck"),
         (request(presence_penalty=0.1, custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
@@ -72,6 +70,12 @@ def test_modes(req, mode, reason):
     assert bool(plan.message) == (mode == "refused")
 
 
+@pytest.mark.parametrize("req", [request(regex="a+"), request(json_schema="{}"), request(grammar=object())])
+def test_a_grammar_that_cannot_be_rolled_back_is_followed_one_token_per_step(req):
+    plan = plan_request(req, Settings(stride=4, max_stride=8, strided_grammars=False), 1)
+    assert (plan.mode, plan.reason) == ("single", "grammar")
+
+
 def test_a_request_is_planned_once_and_numbered_in_order():
     first, second = request(), request()
     plan = plan_of(first, SETTINGS, 1)
@@ -83,7 +87,7 @@ def test_limits_follow_the_request_the_server_and_the_mode():
     assert stride_limit(plan_request(request(), SETTINGS, 1), SETTINGS, 4) == 3
     assert stride_limit(plan_request(request(), SETTINGS, 1), SETTINGS, 1) == 0
     assert stride_limit(plan_request(request(custom_params={"idlm_stride": 8}), SETTINGS, 1), SETTINGS, 1) == 7
-    assert stride_limit(plan_request(request(presence_penalty=1.0), SETTINGS, 1), SETTINGS, 4) == 0
+    assert stride_limit(plan_request(request(processor="code"), SETTINGS, 1), SETTINGS, 4) == 0
 
 
 def test_a_client_s_seed_is_kept_and_derived_seeds_do_not_repeat():
@@ -99,15 +103,15 @@ def test_batch_rows_say_what_the_step_needs():
         r.sampling_params.normalize(None)
     rejection = replace(SETTINGS, sampling_rule="rejection")
     plans = [plan_request(r, rejection, 1) for r in reqs]
-    rows = BatchRows(reqs, plans, rejection, 4, "cpu")
+    rows = BatchRows(reqs, plans, rejection, 4, VOCAB, "cpu")
     assert rows.limits.tolist() == [3, 3, 3] and rows.drafts == 3
     assert rows.coupled.tolist() == [False, True, False]
     assert (rows.any_sampled, rows.any_truncated, rows.any_rejection) == (True, True, True)
-    greedy = BatchRows(reqs[:1], plans[:1], SETTINGS, 4, "cpu")
+    greedy = BatchRows(reqs[:1], plans[:1], SETTINGS, 4, VOCAB, "cpu")
     assert (greedy.any_sampled, greedy.any_truncated, greedy.any_rejection) == (False, False, False)
-    seeded = BatchRows(reqs[:2], plans[:2], SETTINGS, 4, "cpu")
+    seeded = BatchRows(reqs[:2], plans[:2], SETTINGS, 4, VOCAB, "cpu")
     assert (seeded.any_truncated, seeded.any_rejection) == (False, False)
-    unseeded = BatchRows(reqs, [plan_request(r, SETTINGS, 1) for r in reqs], SETTINGS, 4, "cpu")
+    unseeded = BatchRows(reqs, [plan_request(r, SETTINGS, 1) for r in reqs], SETTINGS, 4, VOCAB, "cpu")
     assert unseeded.coupled.tolist() == [True] * 3 and not unseeded.any_rejection, "coupled is the rule unless another is set"
 
 
@@ -128,3 +132,12 @@ def test_a_seed_is_reported_exactly_where_it_reproduces_the_answer(rule, params,
     plan = plan_of(req, replace(SETTINGS, sampling_rule=rule), 1)
     assert reported_seed(req) == (plan.seed if replayable else None)
     assert report(req) == ({"seed": plan.seed} if replayable else {})
+
+
+def test_a_grammar_request_uses_the_coupled_rule():
+    """Its drafts are looked at before they are tried."""
+    req = request(temperature=1.0, grammar=object())
+    req.sampling_params.normalize(None)
+    rejection = replace(SETTINGS, sampling_rule="rejection")
+    rows = BatchRows([req], [plan_request(req, rejection, 1)], rejection, 4, VOCAB, "cpu")
+    assert rows.coupled.tolist() == [True] and not rows.any_rejection and rows.grammars == [0]

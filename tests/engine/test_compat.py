@@ -95,7 +95,8 @@ def test_the_sampler_is_replaced_only_where_it_is_the_stock_one():
 
 def test_targets_are_where_the_patches_say():
     for patch in compat.PATCHES + compat.CPU_PATCHES:
-        assert callable(pkgutil.resolve_name(patch.target)), patch.target
+        found = pkgutil.resolve_name(patch.target)
+        assert isinstance(found, property) if patch.kind == compat.PROPERTY else callable(found), patch.target
 
 
 class _Config(SimpleNamespace):
@@ -119,3 +120,10 @@ def test_which_checkpoints_become_idlm():
     assert mapped(["SDARForCausalLM"], dllm_algorithm="LowConfidence") == ["SDARForCausalLM"], "genuine SDAR stays SGLang's"
     assert mapped(["Qwen3ForCausalLM"]) == ["Qwen3ForCausalLM"], "plain AR serving is left alone"
     assert mapped(["LlamaForCausalLM"], speculative_algorithm="ISD") == ["LlamaForCausalLM"]
+
+
+def test_a_property_that_is_none_any_more_is_an_error(monkeypatch):
+    wrong = compat.Patch("sglang.srt.managers.schedule_batch.Req.finished", compat.PROPERTY, compat.scores_without_generating)
+    monkeypatch.setattr(compat, "patches", lambda: (wrong,))
+    with pytest.raises(SettingError, match="Req.finished is no property any more"):
+        compat.register_patches()

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from idlm_sglang.config import Settings
 from idlm_sglang.engine.spec_io import IsdVerifyInput
+from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.state import SlotState
 from idlm_sglang.engine.worker import IsdWorker
+from idlm_sglang.isd.penalties import PenaltyRows
 
 SLOTS, COLUMNS, VOCAB, K, BATCH = 9, 64, 50, 3, 4
 
@@ -23,10 +25,20 @@ def fake_worker(device, logits):
     worker.device, worker.mask_id, worker.vocab, worker.last_position = device, 3, VOCAB, COLUMNS - 1
     worker.settings = Settings(stride=K + 1, max_stride=K + 1)
     worker.state = SlotState(SLOTS, K, VOCAB, True, device)
+    worker.counts = TokenCounts(SLOTS, VOCAB, device)
     worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
     out = SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits), can_run_cuda_graph=False, expert_distribution_metrics=None)
     worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: out)
     return worker
+
+
+def fake_penalised(device):
+    ints, reals = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, device=device)
+    return SimpleNamespace(
+        index=ints,
+        prompt_lens=ints,
+        penalties=PenaltyRows(reals, reals, reals, ints, ints[:, None].expand(2, 3), any_repetition=True, any_min_new=True),
+    )
 
 
 def fake_rows(device, rejection):
@@ -51,7 +63,9 @@ def fake_rows(device, rejection):
         limits_host=[K] * BATCH,
         drafts=K,
         any_rejection=rejection,
-        single=[False] * BATCH,
+        grammars=[],
+        single_grammar=False,
+        penalised=fake_penalised(device),
         sampling=lambda info: sampling,
     )
 
@@ -62,7 +76,7 @@ def fake_batch(device):
         req_pool_indices=torch.arange(1, BATCH + 1, device=device),
         seq_lens=torch.full((BATCH,), 10, dtype=torch.int64, device=device),
         spec_info=SimpleNamespace(bonus_tokens=torch.zeros(BATCH, dtype=torch.int64, device=device)),
-        sampling_info=SimpleNamespace(logit_bias=torch.zeros(BATCH, VOCAB, device=device)),
+        sampling_info=SimpleNamespace(logit_bias=torch.zeros(BATCH, VOCAB, device=device), has_custom_logit_processor=False),
         return_logprob=False,
     )
 

@@ -4,6 +4,9 @@ import pytest
 
 from tests.server.harness import CHECKPOINT, Server
 
+# What a server needs to be asked for everything a request can ask for.
+SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3")
+
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory):
@@ -12,8 +15,11 @@ def logs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ar(logs):
-    """Plain autoregressive serving of the embedded checkpoint, plugin loaded."""
-    with Server("ar", CHECKPOINT, logs) as server:
+    """Plain autoregressive serving of the embedded checkpoint, plugin loaded: the reference.
+
+    Overlap is off: with it, SGLang counts tokens for penalties one step late.
+    """
+    with Server("ar", CHECKPOINT, logs, "--disable-overlap-schedule", *SERVED) as server:
         yield server
 
 
@@ -21,7 +27,7 @@ def ar(logs):
 def isd(logs):
     """ISD with the overlap schedule; requests choose their stride. SGLang poisons stale reads."""
     env = {"IDLM_MAX_STRIDE": "16", "SGLANG_IS_IN_CI": "1"}
-    with Server("isd", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env) as server:
+    with Server("isd", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *SERVED, env=env) as server:
         yield server
 
 
@@ -37,7 +43,7 @@ def isd_rejection(logs):
 @pytest.fixture(scope="session")
 def isd_sync(logs):
     """ISD without overlap, pages of 16, chunked prefill of 32 mixed with decoding."""
-    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk"]
+    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk", *SERVED]
     with Server("isd_sync", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env={"IDLM_MAX_STRIDE": "8"}) as server:
         yield server
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.server.harness import chat, differing, ids, prompts
+from tests.server.harness import chat, differing, held_out_prompts, ids, prompts
 
 PARAMS = {"temperature": 0, "max_new_tokens": 48}
 
@@ -78,6 +78,25 @@ def test_stops_inside_an_accepted_run(ar, isd):
         calls.append({"prompt": p, **PARAMS, "ignore_eos": True, "max_new_tokens": rng.randrange(20, 60)})
         calls.append({"prompt": p, **PARAMS, "stop": [text[cut : cut + 2] or "a"], "no_stop_trim": True})
     for stride in (3, 8):
+        same(ar, isd, calls, 16, stride=stride)
+
+
+def test_several_stops_inside_one_run(ar, isd):
+    """The first in the text ends the answer: not the first in the list, and no stop string behind an end token."""
+    texts = held_out_prompts(40, seed=32)
+    rng = random.Random(10)
+    calls = []
+    for p, answer in zip(texts, ar.many([{"prompt": p, **PARAMS} for p in texts], 16)):
+        tokens, text = ids(answer), answer["text"]
+        if len(text) < 12:
+            continue
+        early = rng.randrange(len(text) - 8)
+        near = early + rng.randrange(1, 6)
+        calls.append({"prompt": p, **PARAMS, "stop": [text[near : near + 3], text[early : early + 2]]})
+        calls.append({"prompt": p, **PARAMS, "stop": [text[near : near + 2]], "stop_token_ids": [rng.choice(tokens)]})
+        calls.append({"prompt": p, **PARAMS, "stop_regex": "[a-z] [a-z]|[0-9]$", "stop": [text[near]]})
+    assert len(calls) > 60
+    for stride in (4, 8):
         same(ar, isd, calls, 16, stride=stride)
 
 

@@ -1,0 +1,12 @@
+"""Custom logit processors of the cases. The servers import this module by its name: they run in the repository's root."""
+
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+
+class Ban(CustomLogitProcessor):
+    """Tokens in each request's own ``custom_params["ban"]`` hardly ever come; a grammar may still need them."""
+
+    def __call__(self, logits, custom_param_list=None):
+        for row, params in zip(logits, custom_param_list, strict=True):
+            row[params["ban"]] -= 40.0
+        return logits
