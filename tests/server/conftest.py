@@ -5,7 +5,7 @@ import pytest
 from tests.server.harness import CHECKPOINT, Server
 
 # What a server needs to be asked for everything a request can ask for.
-SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3")
+SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3", "--enable-response-store")
 
 
 @pytest.fixture(scope="session")

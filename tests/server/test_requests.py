@@ -20,6 +20,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.parity("penalties", "logit_bias", "grammar")
 @pytest.mark.parametrize("name", FEATURES)
 def test_greedy_text_is_that_of_ar(ar, isd, name):
     """One request at a time: SGLang's overlapped penalties depend on which batches come between."""
@@ -36,6 +37,7 @@ def test_single_and_strided_requests_share_batches(ar, isd):
     assert not differing(ar.many(calls, 12), isd.many(calls, 12))
 
 
+@pytest.mark.parity("grammar")
 def test_grammars_hold_under_overlap_and_mixed_chunks(ar, isd_tight):
     """Prefill chunks are mixed with the decode rows of grammar requests while the previous step is still in flight."""
     calls = []
@@ -45,6 +47,7 @@ def test_grammars_hold_under_overlap_and_mixed_chunks(ar, isd_tight):
     assert not differing(want, got)
 
 
+@pytest.mark.parity("logprobs")
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 0.8, "sampling_seed": 4}, {"temperature": 0, "presence_penalty": 0.5}])
 @pytest.mark.parametrize("stride", [1, 4, 8])
 def test_logprobs_are_those_of_ar(ar, isd, stride, params):

@@ -77,6 +77,7 @@ def check(reference, samples, label):
 
 
 @pytest.mark.parametrize("rule", ["isd", "isd_rejection"])
+@pytest.mark.parity("sampling")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampled_distribution_is_that_of_ar(reference, request, rule, name):
     """Seven chi-square tests per setting, on single tokens and on pairs; for the coupled rule under seeds the server draws, and for p/q."""
@@ -118,6 +119,7 @@ def seeded_reference(ar):
     return [ids(a) for a in ar.many(seeded_calls(), 1)]
 
 
+@pytest.mark.parity("seed")
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_a_seed_gives_the_same_tokens_at_any_stride(seeded_reference, isd, stride):
     got = [ids(a) for a in isd.many([{**c, "stride": stride} for c in seeded_calls()], 16)]
@@ -126,6 +128,7 @@ def test_a_seed_gives_the_same_tokens_at_any_stride(seeded_reference, isd, strid
     assert same == len(got)
 
 
+@pytest.mark.parity("seed")
 def test_a_seed_gives_the_same_tokens_in_any_batch_and_order(seeded_reference, ar, isd):
     """Unseeded, greedy and differently truncated neighbours, shuffled arrival; AR and ISD alike."""
     rng = random.Random(4)

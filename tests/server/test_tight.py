@@ -30,6 +30,7 @@ def wait_idle(server, seconds=60):
     raise AssertionError(f"still busy: {server.idle_tokens()}")
 
 
+@pytest.mark.parity("lifecycle")
 def test_retraction_and_disconnects_do_not_change_answers(ar, isd_tight):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -51,6 +52,7 @@ def test_retraction_and_disconnects_do_not_change_answers(ar, isd_tight):
     wait_idle(isd_tight)
 
 
+@pytest.mark.parity("lifecycle")
 def test_every_slot_is_free_after_mixed_requests_with_aborts(isd_tight):
     """SGLang checks its own pools when idle and dies on a leak; afterwards a flush must give back the whole pool."""
     from concurrent.futures import ThreadPoolExecutor

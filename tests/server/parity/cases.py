@@ -49,7 +49,7 @@ class Case:
 
     @property
     def streamed(self) -> bool:
-        return bool(self.body.get("stream"))
+        return isinstance(self.body, dict) and bool(self.body.get("stream"))
 
 
 @cache

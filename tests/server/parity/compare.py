@@ -20,7 +20,9 @@ IGNORED = {
     "num_retractions",
 }  # fmt: skip
 IGNORED_PREFIX = ("spec_",)
-IGNORED_SUFFIX = ("_ts", "_time", "_latency")
+IGNORED_SUFFIX = ("_ts", "_time", "_latency", "_wait")
+# Strings that grow from chunk to chunk of a stream; others are said once or repeated.
+GROWING = {"content", "reasoning_content", "text", "arguments", "thinking", "partial_json", "delta"}
 # Why an answer ended; sampled ones end where they end.
 ENDING = ("finish_reason", "matched_stop", "incomplete_details", "stop_reason", "stop_sequence")
 TOPS = ("top_logprobs", "output_top_logprobs", "input_top_logprobs")

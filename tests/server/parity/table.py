@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.parity.in_tree import ALGORITHMS, IN_TREE
+from tests.server.parity.in_tree import ALGORITHMS, IN_TREE, Cell
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "parity.md"
@@ -66,6 +66,8 @@ def proofs() -> dict[str, list[str]]:
         code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")], plugins=[collector])
     if code != 0:
         raise RuntimeError(f"pytest cannot collect the tests:\n{out.getvalue()[-2000:]}")
+    if unknown := collector.proofs.keys() - ROWS.keys():
+        raise RuntimeError(f"parity markers without a row: {sorted(unknown)}")
     return {key: sorted(found) for key, found in collector.proofs.items()}
 
 
@@ -76,14 +78,15 @@ def page(found: dict[str, list[str]]) -> str:
         "# Parity: what a request may ask for",
         "",
         "Whatever an SGLang AR server accepts is accepted with `--speculative-algorithm ISD`, with the same meaning and, where it is",
-        "deterministic, the same tokens. ISD's column is proved by the tests in the last one; the others were read from SGLang 0.5.23's source.",
+        "deterministic, the same tokens. ISD's column is proved by the tests in the last one; the others were read from SGLang 0.5.23's source",
+        "(the notes name files and lines under `sglang/srt`).",
         "This page is written by `python -m tests.server.parity.table --write`.",
         "",
         "| feature | required | ISD | " + " | ".join(ALGORITHMS) + " | proved by |",
         "|---|---|---|" + "---|" * (len(ALGORITHMS) + 1),
     ]
     for key, row in ROWS.items():
-        cells = [f"{cell.verdict}{_mark(cell.note, notes)}" for cell in (IN_TREE[key][name] for name in ALGORITHMS)]
+        cells = [f"{cell.verdict}{_mark(cell, notes)}" for cell in (IN_TREE[key][name] for name in ALGORITHMS)]
         tests = "<br>".join(_link(name) for name in found.get(key, []))
         lines.append(f"| {row.name} | {row.required} | {row.isd} | " + " | ".join(cells) + f" | {tests} |")
     lines += [
@@ -97,8 +100,9 @@ def page(found: dict[str, list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mark(note: str, notes: dict[str, int]) -> str:
-    return f"[^{notes.setdefault(note, len(notes) + 1)}]" if note else ""
+def _mark(cell: Cell, notes: dict[str, int]) -> str:
+    text = f"{cell.note} (`{cell.evidence}`)"
+    return f"[^{notes.setdefault(text, len(notes) + 1)}]"
 
 
 def _link(name: str) -> str:

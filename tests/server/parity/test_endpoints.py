@@ -63,6 +63,6 @@ def test_stored_responses_are_retrieved_and_continued_as_by_ar(ar, isd):
         follow = {**first, "input": "What is my name?", "previous_response_id": answer["id"]}
         found.append(Answer(again.status_code, [answer, again.json(), server.post(RESPONSES, follow).json()]))
     for answer in found:
-        answer.tree[2].pop("previous_response_id")
+        answer.tree[2].pop("previous_response_id", None)
     assert not differences(*found)
     assert "Osk" in str(found[1].tree[2]["output"])

@@ -86,7 +86,7 @@ def test_a_disconnected_stream_frees_its_slots_and_leaves_its_neighbours_alone(a
 def test_paused_answers_go_on_as_if_nothing_had_happened(ar, served, mode):
     """Retracted requests come back by an extend: drafts, counts of penalties and grammars must survive that."""
     kinds = [{}, {"frequency_penalty": 0.6, "repetition_penalty": 1.2}, {"sampling_seed": 5, "temperature": 1.0, "presence_penalty": 0.4}]
-    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 400, "ignore_eos": True, **kinds[i % 3]} for i, p in enumerate(prompts(9, seed=204))]
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 200, "ignore_eos": True, **kinds[i % 3]} for i, p in enumerate(prompts(9, seed=204))]
     want = ar.many(calls, 9)
     witness = Stream(served, prompts(1, seed=205)[0], "witness")
     chunks = iter(witness)

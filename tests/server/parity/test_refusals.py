@@ -60,9 +60,7 @@ BAD = {
         (GENERATE, {"input_ids": [], "sampling_params": {}}), (GENERATE, {"input_ids": [5] * 5000, "sampling_params": {}}),
         native(n=0), chat(n=0), complete(prompt=[]), complete(prompt=None), complete(prompt="word " * 5000), chat(messages=[]),
     ],
-    "custom_processors": [
-        (GENERATE, {"text": "a", "custom_logit_processor": "not one", "sampling_params": {"max_new_tokens": 2}}), chat(custom_logit_processor=7),
-    ],
+    "custom_processors": [chat(custom_logit_processor=7), (GENERATE, {"text": "a", "custom_logit_processor": 7, "sampling_params": {"max_new_tokens": 2}})],
     "hidden_lora": [
         (GENERATE, {"text": "a", "return_hidden_states": True, "sampling_params": {"max_new_tokens": 2}}), chat(return_hidden_states=True),
         (GENERATE, {"text": "a", "lora_path": "adapter", "sampling_params": {"max_new_tokens": 2}}), chat(lora_path="adapter"), chat(model="base:adapter"),

@@ -12,7 +12,7 @@ from tests.server.test_sampling import BOUND, PROMPT, check
 SAMPLES = 1500
 SETTINGS = {
     "penalties and bias": ({"temperature": 1.0, "frequency_penalty": 0.9, "repetition_penalty": 1.3, "logit_bias": {"17": -3.0, "15": 2.0}}, ("sampling", "penalties", "logit_bias")),
-    "a grammar": ({"temperature": 1.3, "top_p": 0.97, "regex": "( [A-Za-z]+[.,]?){2,9}"}, ("sampling", "grammar")),
+    "a grammar": ({"temperature": 1.3, "top_p": 0.97, "regex": "( [A-Za-z]+[.,]?){2,9}", "ignore_eos": False}, ("sampling", "grammar")),
     "min_new_tokens, top-k and min-p": ({"temperature": 1.4, "top_k": 12, "min_p": 0.02, "min_new_tokens": 4, "ignore_eos": False}, ("sampling", "penalties")),
 }  # fmt: skip
 

@@ -1,15 +1,12 @@
 """How many tokens a forward commits under each feature: what docs/parity.md says about it."""
 
-import json
-
 import pytest
 
 from tests.server.harness import chat
-from tests.server.parity.cases import SCHEMAS, token
+from tests.server.parity.cases import CALL_REGEX, token
 from tests.server.parity.processors import Ban
 from tests.server.parity.table import ROWS
 from tests.server.test_identity import per_forward
-
 
 # Questions the embedded checkpoint has learnt, so that its drafts are good.
 QUESTIONS = ("What is I-DLM?", "What is ISD?", "What is the default stride?", "Does it run on a CPU?")
@@ -20,7 +17,7 @@ ASKED = {
     "logit_bias": {"logit_bias": {str(token(" is")): 1.0}},
     "logprobs": {"return_logprob": True, "top_logprobs_num": 3},
     "grammar": {"regex": "[A-Z][A-Za-z0-9 ,.'-]*"},
-    "tools": {"json_schema": json.dumps(SCHEMAS[0])},
+    "tools": {"regex": CALL_REGEX},
     "stops": {"stop": ["forward."], "stop_token_ids": [token("\n")]},
     "batches": {"n": 1},
     "custom_processors": {},
