@@ -220,6 +220,32 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         scheduler.init_req_max_new_tokens(req)
 
 
+def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
+    """What: after ``TokenizerManager._create_tokenized_object`` admission may refuse the request, as SGLang refuses bad ones.
+    Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200.
+    Guard: the hook applied; refusals are tested streamed and not.
+    Goes when: with the hook above.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if not _is_isd() or not isinstance(obj, GenerateReqInput):
+        return
+    from idlm_sglang.config import handed_down
+    from idlm_sglang.engine.admission import refusal
+    from idlm_sglang.engine.metrics import requests_counter
+    from idlm_sglang.engine.requests import REFUSED
+
+    refused = refusal(tokenized, handed_down())
+    if refused is None:
+        return
+    reason, message = refused
+    if manager.enable_metrics:
+        if not hasattr(manager, "idlm_requests"):
+            manager.idlm_requests = requests_counter({"model_name": manager.served_model_name, "dp_rank": ""})
+        manager.idlm_requests(mode=REFUSED, reason=reason).inc()
+    raise ValueError(message)
+
+
 def scores_without_generating(req) -> bool:
     """What: ``Req.is_prefill_only``, a property, is true for ``max_new_tokens`` 0 under ISD too.
     Why: SGLang switches it off for every speculative algorithm; ``/v1/score`` then reads the wrong positions. ISD runs a
@@ -477,6 +503,7 @@ PATCHES = (
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
+    Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),

@@ -28,8 +28,8 @@ def _asked(req, name: str):
     return params.get(name) if isinstance(params, dict) else None
 
 
-def _refusal(req, settings: Settings) -> tuple[str, str] | None:
-    if req.return_hidden_states_mode.need_capture():
+def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
+    if req.return_hidden_states:
         return "hidden_states", "return_hidden_states is not available with --speculative-algorithm ISD"
     if req.lora_id is not None:
         return "lora", "per-request LoRA adapters are not available with --speculative-algorithm ISD"
@@ -47,6 +47,20 @@ def _refusal(req, settings: Settings) -> tuple[str, str] | None:
     if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= settings.max_stride):
         return "stride", f"custom_params.{STRIDE_PARAM}={stride!r} is not valid; allowed: an integer from 1 to {settings.max_stride}"
     return None
+
+
+def refusal(req, settings: Settings) -> tuple[str, str] | None:
+    """Why a request cannot be served, as (one word for a metric label, message for the client), or None.
+
+    Args:
+        req: SGLang's ``TokenizedGenerateReqInput`` or ``Req``.
+    """
+    try:
+        return _why_refused(req, settings)
+    except Exception as error:
+        # An exception here would end the scheduler: whatever the request holds, it is the request that ends.
+        logger.exception("idlm: a request could not be read")
+        return "unreadable", f"the request's parameters could not be read: {error}"
 
 
 def _has_grammar(req) -> bool:
@@ -74,15 +88,10 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
     number = next_number()
     client_seed = req.sampling_params.sampling_seed
     seed = derived_seed(server_seed, number) if client_seed is None else int(client_seed)
-    try:
-        refusal = _refusal(req, settings) if settings is not None else None
-    except Exception as error:
-        # An exception here would end the scheduler: whatever the request holds, it is the request that ends.
-        logger.exception("idlm: a request could not be read")
-        refusal = "unreadable", f"the request's parameters could not be read: {error}"
+    refused = refusal(req, settings) if settings is not None else None
     stride = _asked(req, STRIDE_PARAM)
-    if refusal is not None:
-        mode, (reason, message) = REFUSED, refusal
+    if refused is not None:
+        mode, (reason, message) = REFUSED, refused
     else:
         reason, message = _single_reason(req, settings), ""
         mode = SINGLE if reason else STRIDED

@@ -231,7 +231,7 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
     accepted = counter("drafts_accepted", "Drafts accepted, by position behind the pending token.", ("position",))
     introspection_sum = counter("introspective_acceptance_sum", "Sum of min(1, p/q) over tried drafts.")
     introspection_count = counter("introspective_acceptance_count", "Drafts tried: accepted ones and the first rejected one.")
-    requests = counter("requests", "Requests by decode mode and reason.", ("mode", "reason"))
+    requests = requests_counter(labels)
     return {
         "tokens": tokens.labels(**labels),
         "forwards": forwards.labels(**labels),
@@ -240,5 +240,14 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
         "accepted": [accepted.labels(**labels, position=str(i + 1)) for i in range(max_drafts)],
         "introspection_sum": introspection_sum.labels(**labels),
         "introspection_count": introspection_count.labels(**labels),
-        "requests": lambda **extra: requests.labels(**labels, **extra),
+        "requests": requests,
     }
+
+
+def requests_counter(labels: dict[str, str]):
+    """``idlm:requests_total`` as a function of mode and reason that gives the counter to increment. The scheduler counts
+    what it admits, the process that answers HTTP what it refuses, with an empty ``dp_rank``."""
+    from prometheus_client import Counter
+
+    requests = Counter("idlm:requests", "Requests by decode mode and reason.", labelnames=[*labels, "mode", "reason"])
+    return lambda **extra: requests.labels(**labels, **extra)

@@ -16,18 +16,10 @@ SETTINGS = Settings(stride=4, max_stride=8)
 VOCAB = 32
 
 
-class HiddenStates:
-    def __init__(self, capture):
-        self.capture = capture
-
-    def need_capture(self):
-        return self.capture
-
-
 def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, **params):
     return SimpleNamespace(
         sampling_params=SamplingParams(**params),
-        return_hidden_states_mode=HiddenStates(hidden),
+        return_hidden_states=hidden,
         lora_id=lora,
         return_sampling_mask=mask,
         grammar=grammar,
@@ -47,9 +39,10 @@ def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, *
         (request(regex="a+", processor="code"), "single", "custom_logit_processor"),
         (request(processor="code"), "single", "custom_logit_processor"),
         (request(custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "strided", "selfcheck"),
-        (request(presence_penalty=0.1, custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
+        (request(processor="code", custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
         (request(custom_params={"idlm_stride": 9, "idlm_selfcheck": True}), "refused", "stride"),
         (request(hidden=True), "refused", "hidden_states"),
+        (request(hidden="last"), "refused", "hidden_states"),
         (request(lora="x"), "refused", "lora"),
         (request(mask=True), "refused", "sampling_mask"),
         (request(custom_params={"idlm_stride": 9}), "refused", "stride"),

@@ -78,3 +78,16 @@ def test_a_hostile_parameter_is_a_400_that_names_it(isd, params, names):
     reply = isd.post("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, **params}})
     assert reply.status_code == 400 and names in reply.text, reply.text
     assert isd.alive() and isd.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_refusal_is_a_400_in_openai_shape_before_a_stream_begins(isd, path, streamed):
+    said = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
+    counter = 'idlm:requests_total{mode="refused",reason="stride"}'
+    before = isd.metrics().get(counter, 0)
+    reply = isd.post(path, {"model": "m", "max_tokens": 4, "stream": streamed, "custom_params": {"idlm_stride": 99}, **said})
+    error = reply.json()
+    assert reply.status_code == error["code"] == 400 and error["object"] == "error"
+    assert error["message"] == "custom_params.idlm_stride=99 is not valid; allowed: an integer from 1 to 16"
+    assert isd.metrics()[counter] == before + 1
