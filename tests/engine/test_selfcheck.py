@@ -158,7 +158,11 @@ def test_a_check_waits_for_clients_makes_room_for_them_and_comes_again():
     async def act(checker):
         await asyncio.sleep(0.1)
         assert not manager.asked, "a client's request is in flight"
+        manager.is_pause = True
         manager.clients.clear()
+        await asyncio.sleep(0.1)
+        assert not manager.asked, "a paused server would keep the check waiting inside it"
+        manager.is_pause = False
         while not manager.asked:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.05)

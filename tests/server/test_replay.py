@@ -53,12 +53,12 @@ def test_a_log_of_strided_answers_replays(request, log, name, tmp_path, capsys):
 
 
 def test_a_changed_token_and_a_changed_word_are_found(isd, log, tmp_path, capsys):
-    changed = json.loads(json.dumps([log[0], log[19]]))
+    changed = json.loads(json.dumps([log[0], log[23]]))
     changed[0]["response"]["output_ids"][0] += 1
-    message = changed[1]["response"]["choices"][0]["message"]
-    message["content"] = message["content"][:5] + "#" + message["content"][6:]
+    choice = changed[1]["response"]["choices"][1]
+    choice["text"] = choice["text"][:5] + "#" + choice["text"][6:]
     code, out = replayed(isd, changed, tmp_path, capsys)
-    assert code == 1 and "line 1: token 0 differs" in out and "line 2: character 5 differs: '#' in the log" in out
+    assert code == 1 and "line 1: token 0 differs" in out and "line 2 answer 2: character 5 differs: '#' in the log" in out
 
 
 def test_another_seed_is_a_difference(isd, log, tmp_path, capsys):
