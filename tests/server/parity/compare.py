@@ -14,10 +14,10 @@ from tests.server.parity.cases import CHAT, COMPLETIONS, GENERATE, MESSAGES, RES
 TOLERANCE = 2e-3
 # Below this a probability is no normal float32, and AR's logarithm of it is a coarse step.
 FLOOR = -87.0
-# Ids and times; how fast and in what company a request was served; figures of speculative decoding.
+# Ids and times; how fast and in what company a request was served; figures of speculative decoding; the seed, which AR does not report.
 IGNORED = {
     "id", "item_id", "call_id", "tool_use_id", "created", "created_at", "completed_at", "decode_throughput", "cached_tokens", "cached_tokens_details",
-    "num_retractions",
+    "num_retractions", "seed",
 }  # fmt: skip
 IGNORED_PREFIX = ("spec_",)
 IGNORED_SUFFIX = ("_ts", "_time", "_latency", "_wait")
