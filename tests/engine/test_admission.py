@@ -47,7 +47,7 @@ def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, *
         (request(regex="a+", processor="code"), "single", "custom_logit_processor"),
         (request(processor="code"), "single", "custom_logit_processor"),
         (request(custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "strided", "selfcheck"),
-        (request(presence_penalty=0.1, custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
+        (request(processor="code", custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
         (request(custom_params={"idlm_stride": 9, "idlm_selfcheck": True}), "refused", "stride"),
         (request(hidden=True), "refused", "hidden_states"),
         (request(lora="x"), "refused", "lora"),
