@@ -82,7 +82,7 @@ def test_stops_inside_an_accepted_run(ar, isd):
         same(ar, isd, calls, 16, stride=stride)
 
 
-<<<<<<< HEAD
+@pytest.mark.parity("stops")
 def test_several_stops_inside_one_run(ar, isd):
     """The first in the text ends the answer: not the first in the list, and no stop string behind an end token."""
     texts = held_out_prompts(40, seed=32)
@@ -102,9 +102,7 @@ def test_several_stops_inside_one_run(ar, isd):
         same(ar, isd, calls, 16, stride=stride)
 
 
-=======
 @pytest.mark.parity("batches")
->>>>>>> parity
 def test_n_choices(ar, isd):
     body = {"text": chat("What is I-DLM?"), "sampling_params": {**PARAMS, "n": 3}}
     left, right = ar.post("/generate", body).json(), isd.post("/generate", body).json()
