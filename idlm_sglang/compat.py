@@ -9,6 +9,7 @@ import logging
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -287,6 +288,18 @@ def note_grammar_end(original: Callable, processor, req, tokens) -> list[int]:
     return retained
 
 
+def defer_reasoning(original: Callable, processor, req, tokens) -> None:
+    """What: ``_maybe_update_reasoning_tokens`` counts an accepted run once its end is known.
+    Why: it is asked before the search for the end, and counts what stands behind a stop.
+    Guard: the hook applied; usage of reasoning requests with stops inside a run is compared with AR.
+    Goes when: SGLang counts after the search.
+    """
+    if isinstance(tokens, list) and len(tokens) > 1 and _is_isd():
+        req.idlm_reasoning = partial(original, processor, req), tokens
+    else:
+        original(processor, req, tokens)
+
+
 def finish_token_by_token(original: Callable, req, new_accepted_len: int = 1) -> None:
     """What: ``Req.update_finish_state`` sees an accepted run as AR would: one token after the other.
     Why: over a whole run it prefers a stop string to an end token in front of it, and the first stop string of the list to
@@ -294,28 +307,36 @@ def finish_token_by_token(original: Callable, req, new_accepted_len: int = 1) ->
     Guard: the hook applied; stops in every order inside a run are compared with AR.
     Goes when: SGLang's own check does so.
     """
-    if req.finished() or req.to_finish is not None or not _is_isd():
-        return original(req, new_accepted_len)
     grammar = req.grammar
     if getattr(req, "idlm_grammar_just_ended", False):
         req.grammar, req.idlm_grammar_just_ended = None, False
     try:
-        params = req.sampling_params
-        if new_accepted_len <= 1 or not (params.stop_strs or params.stop_regex_strs):
-            return original(req, new_accepted_len)
-        run = req.output_ids[-new_accepted_len:]
-        del req.output_ids[-new_accepted_len:]
-        for i, token in enumerate(run):
-            req.output_ids.append(token)
-            original(req, 1)
-            if req.finished():
-                # SGLang leaves the length open where the last token is the last of the answer; here more follow.
-                req.finished_len = len(req.output_ids) if req.finished_len is None else req.finished_len
-                req.output_ids.extend(run[i + 1 :])
-                return None
+        _search_end(original, req, new_accepted_len)
     finally:
         req.grammar = grammar
-    return None
+        count, run = getattr(req, "idlm_reasoning", None) or (None, None)
+        if count is not None:
+            req.idlm_reasoning = None
+            beyond = 0 if req.finished_len is None else len(req.output_ids) - req.finished_len
+            count(run[: len(run) - beyond])
+
+
+def _search_end(original: Callable, req, new_accepted_len: int) -> None:
+    params = req.sampling_params
+    stops = params.stop_strs or params.stop_regex_strs
+    if new_accepted_len <= 1 or not stops or req.finished() or req.to_finish is not None or not _is_isd():
+        original(req, new_accepted_len)
+        return
+    run = req.output_ids[-new_accepted_len:]
+    del req.output_ids[-new_accepted_len:]
+    for i, token in enumerate(run):
+        req.output_ids.append(token)
+        original(req, 1)
+        if req.finished():
+            # SGLang leaves the length open where the last token is the last of the answer; here more follow.
+            req.finished_len = len(req.output_ids) if req.finished_len is None else req.finished_len
+            req.output_ids.extend(run[i + 1 :])
+            return
 
 
 # --- 8. Metrics --------------------------------------------------------------------------------------------------
@@ -507,6 +528,7 @@ PATCHES = (
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),
+    Patch(_RESULTS + "._maybe_update_reasoning_tokens", "AROUND", defer_reasoning),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
     Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
     Patch(_RESULTS + "._handle_finish_state_updated_req", "BEFORE", count_row),
