@@ -276,14 +276,22 @@ def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch,
 # --- 7. Where an answer ends -------------------------------------------------------------------------------------
 
 
-def note_grammar_end(original: Callable, processor, req, tokens) -> list[int]:
-    """What: ``_accept_grammar_tokens`` leaves on the request whether its grammar ended within these tokens.
-    Why: :func:`finish_token_by_token` needs it.
-    Guard: the hook applied; a test with ``ignore_eos`` behind a complete grammar.
-    Goes when: the same.
+def grammar_behind_end(original: Callable, processor, req, tokens) -> list[int]:
+    """What: ``_accept_grammar_tokens`` keeps a token that the grammar rejects, and leaves on the request that it did, and
+    whether the grammar ended within these tokens.
+    Why: AR looks for the end of the answer first and asks the grammar behind it; for a speculative run it is the other way
+    round. A rejected token that ends the answer (forced by a custom processor, or where nothing else is allowed) is an
+    answer there and an error here.
+    Guard: the hook applied; such tokens, and ``ignore_eos`` behind a complete grammar, are compared with AR.
+    Goes when: SGLang asks in AR's order.
     """
-    ended = req.grammar.is_terminated()
+    if not _is_isd():
+        return original(processor, req, tokens)
+    ended, asked = req.grammar.is_terminated(), req.to_finish
     retained = original(processor, req, tokens)
+    if req.to_finish is not asked and len(retained) < len(tokens):
+        retained.append(tokens[len(retained)])
+        req.idlm_grammar_error, req.to_finish = req.to_finish, asked
     req.idlm_grammar_just_ended = not ended and req.grammar.is_terminated()
     return retained
 
@@ -314,6 +322,10 @@ def finish_token_by_token(original: Callable, req, new_accepted_len: int = 1) ->
         _search_end(original, req, new_accepted_len)
     finally:
         req.grammar = grammar
+        error = getattr(req, "idlm_grammar_error", None)
+        if error is not None:
+            req.idlm_grammar_error = None
+            req.to_finish = req.to_finish if req.finished() else error
         count, run = getattr(req, "idlm_reasoning", None) or (None, None)
         if count is not None:
             req.idlm_reasoning = None
@@ -527,7 +539,7 @@ PATCHES = (
     Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
-    Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", note_grammar_end),
+    Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", grammar_behind_end),
     Patch(_RESULTS + "._maybe_update_reasoning_tokens", "AROUND", defer_reasoning),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
     Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),

@@ -63,7 +63,10 @@ def refuse_unserved(server_args) -> None:
         if refused(value):
             raise SettingError(f"{flag} {value} cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: {allowed}")
     if not accelerator_available():
-        return  # The CPU platform says which backends it has.
+        # Its masks, for requests without a grammar of their own, have no CPU path; the first request would end the server.
+        if server_args.enable_strict_thinking:
+            raise SettingError("--enable-strict-thinking True cannot be served on a CPU; allowed: off")
+        return  # The CPU platform says which attention backends it has.
     for field in BACKEND_FIELDS:
         value = getattr(server_args, field)
         if value is not None and value not in GPU_BACKENDS:

@@ -55,7 +55,7 @@ def allows(words: np.ndarray, token: int) -> bool:
     return token // 32 < len(words) and bool(int(words[token // 32]) >> (token % 32) & 1)
 
 
-def walk(grammar, drafts: list[int], limit: int, mask: torch.Tensor, first_row: int, mask_id: int) -> Walk:
+def walk(grammar, drafts: list[int], limit: int, mask: torch.Tensor, first_row: int, mask_id: int, vocab: int) -> Walk:
     """Fill the rows ``first_row ..`` of a packed vocabulary mask along the drafts of one request.
 
     Args:
@@ -64,6 +64,7 @@ def walk(grammar, drafts: list[int], limit: int, mask: torch.Tensor, first_row: 
         limit: the most drafts the request may carry.
         mask: packed int32 bitmask on the host, all ones where no row has been filled.
         mask_id: never made a draft.
+        vocab: size of the model's vocabulary, which a mask may exceed.
     """
     kept: list[int] = []
     forced: list[bool] = []
@@ -78,7 +79,7 @@ def walk(grammar, drafts: list[int], limit: int, mask: torch.Tensor, first_row: 
                 break
             row = words[first_row + i]
             token = only_token(row)
-            is_forced = token is not None and token != mask_id
+            is_forced = token is not None and token != mask_id and token < vocab
             if not is_forced:
                 if i >= len(drafts) or not allows(row, drafts[i]):
                     break
@@ -130,7 +131,7 @@ class GrammarStep:
         per = self._k + 1
         self._mask = self._reqs[live[0]].grammar.allocate_vocab_mask(vocab_size=self._vocab, batch_size=len(live) * per, device="cpu")
         walks = [
-            walk(self._reqs[i].grammar, drafts[:count], self._limits[i], self._mask, n * per, self._mask_id)
+            walk(self._reqs[i].grammar, drafts[:count], self._limits[i], self._mask, n * per, self._mask_id, self._vocab)
             for n, (i, (count, *drafts)) in enumerate(zip(live, packed))
         ]
         failed = {i: w.failed for i, w in zip(live, walks) if w.failed is not None}

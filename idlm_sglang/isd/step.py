@@ -103,7 +103,8 @@ def isd_step(
         ratio = torch.where(greedy[:, None], match.float(), ratio)
     else:
         ratio = match.float()
-    introspection = torch.where(tried, ratio, 0.0).sum(1)
+    # Where penalties and grammar together leave no token, p is not defined; the figure must stay a number.
+    introspection = torch.where(tried, ratio.nan_to_num(0.0), 0.0).sum(1)
 
     proposal = propose(scores[:, k + 1 :], chosen[:, k + 1 :], greedy, standing, limits, rows.any_rejection)
     return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)

@@ -44,7 +44,7 @@ def build(request, tokenizer):
 
 def walked(grammar, drafts, limit, tokenizer):
     mask = grammar.allocate_vocab_mask(vocab_size=len(tokenizer), batch_size=limit + 1, device="cpu")
-    return walk(grammar, drafts, limit, mask, 0, MASK), mask.numpy().view("uint32")
+    return walk(grammar, drafts, limit, mask, 0, MASK, len(tokenizer)), mask.numpy().view("uint32")
 
 
 def allowed(words, row, vocab):

@@ -1,4 +1,8 @@
-"""Two tensor-parallel ranks agree on every token and count once; data-parallel ranks are told apart by a label."""
+"""Two tensor-parallel ranks agree on every token and count once; data-parallel ranks are told apart by a label.
+
+Each serves with another grammar backend. They agree on what a class of letters allows (llguidance forbids some spellings of fixed
+words, token by token).
+"""
 
 import re
 
@@ -15,6 +19,8 @@ TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "IDLM_MAX_STRIDE": "8"}
 def mixed_calls():
     calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40} for p in prompts(30, seed=121)]
     calls += [{"prompt": p, "temperature": 1.0, "top_p": 0.9, "sampling_seed": i, "max_new_tokens": 24} for i, p in enumerate(prompts(20, seed=122))]
+    terms = [{"presence_penalty": 0.8}, {"regex": "[a-z ]{10,30}"}, {"regex": "[a-z ]{12,40}", "repetition_penalty": 1.3, "min_new_tokens": 8}]
+    calls += [{"prompt": p, "temperature": i % 2, "sampling_seed": i, "max_new_tokens": 32, **terms[i % 3]} for i, p in enumerate(prompts(30, seed=124))]
     return calls
 
 
@@ -22,7 +28,7 @@ def test_tensor_parallel_ranks_agree_and_count_once(ar, logs):
     calls = mixed_calls()
     unseeded = [{"prompt": p, "temperature": 1.0, "max_new_tokens": 24, "stride": 2 + i % 7} for i, p in enumerate(prompts(20, seed=123))]
     want = ar.many(calls, 16)
-    with Server("tp2", CHECKPOINT, logs, *ISD, "--tp-size", "2", env=TWO_RANKS) as server:
+    with Server("tp2", CHECKPOINT, logs, *ISD, "--tp-size", "2", "--grammar-backend", "llguidance", env=TWO_RANKS) as server:
         before = server.metrics()
         got = server.many(calls + unseeded, 16)
         after = server.metrics()
@@ -37,7 +43,7 @@ def test_tensor_parallel_ranks_agree_and_count_once(ar, logs):
 def test_data_parallel_ranks_have_their_own_series(ar, logs, ranks):
     calls = mixed_calls()
     want = ar.many(calls, 16)
-    with Server("dp2", CHECKPOINT, logs, *ISD, "--dp-size", str(ranks), env=TWO_RANKS) as server:
+    with Server("dp2", CHECKPOINT, logs, *ISD, "--dp-size", str(ranks), "--grammar-backend", "outlines", env=TWO_RANKS) as server:
         got = server.many(calls, 16)
         unseeded = server.many([{"prompt": "<|im_start|>user\nMy name is", "temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}] * 40, 16)
         text = requests.get(server.url + "/metrics", timeout=30).text

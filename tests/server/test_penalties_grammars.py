@@ -94,3 +94,24 @@ def test_a_grammar_that_has_ended_goes_on_as_in_ar(ar, isd):
     want = ar.many(calls, 3)
     for stride in (1, 4, 8):
         assert not differing(want, isd.many([{**c, "stride": stride} for c in calls], 3)), stride
+
+
+def test_a_token_that_ends_an_answer_against_its_grammar_is_an_answer_as_in_ar(ar, isd):
+    """Every token is held back, by the grammar or by min_new_tokens: what is left is token 0, and it is an end token here."""
+    last = ids(ar.generate("x", temperature=0, max_new_tokens=1, regex="c"))[0]
+    blocked = {"regex": "ab{9}c", "min_new_tokens": 24, "stop_token_ids": [last, 0], "max_new_tokens": 40}
+    calls = [{"prompt": p, "temperature": 0, **blocked} for p in prompts(4, seed=305)]
+    want = ar.many(calls, 4)
+    assert all(a["meta_info"]["finish_reason"]["type"] == "stop" for a in want)
+    for stride in (1, 4, 8):
+        assert not differing(want, isd.many([{**c, "stride": stride} for c in calls], 4)), stride
+
+
+def test_figures_stay_numbers_where_no_token_is_allowed(isd):
+    """A forced draft that min_new_tokens forbids: the row has no distribution."""
+    last = ids(isd.generate("x", temperature=0, max_new_tokens=1, regex=";"))[0]
+    params = {"temperature": 1.0, "max_new_tokens": 16, "regex": "a;;;;;;;;b", "min_new_tokens": 9, "stop_token_ids": [last]}
+    for _ in range(3):
+        isd.post("/generate", {"text": "Hi", "sampling_params": params})
+    assert isd.alive() and isd.info()["internal_states"][0]["idlm"]["introspective_acceptance"] > 0
+    assert all(value == value for value in isd.metrics().values())

@@ -59,8 +59,8 @@ def stand_still(worker):
             self._reqs[i].grammar.stands_still = broken(self._reqs[i], "grammar")
         return adjust(self, carried)
 
-    def still(automaton, drafts, limit, mask, first_row, mask_id):
-        found = walk(automaton, drafts, limit, mask, first_row, mask_id)
+    def still(automaton, drafts, limit, mask, first_row, *rest):
+        found = walk(automaton, drafts, limit, mask, first_row, *rest)
         if automaton.stands_still:
             mask[first_row + 1 : first_row + limit + 1] = mask[first_row]
         return found
