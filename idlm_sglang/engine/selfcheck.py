@@ -87,6 +87,12 @@ class SelfCheck:
         if self._running is not None and obj.rid != self._running and obj.log_metrics:
             self._abort(self._running)
 
+    async def give_way(self) -> None:
+        """Return once no check is running; the aborted one comes again."""
+        while self._running is not None:
+            self._abort(self._running)
+            await asyncio.sleep(_POLL_SECONDS)
+
     def _repeatable(self, obj, meta: dict) -> bool:
         if meta["finish_reason"]["type"] == "abort" or any(getattr(obj, name, None) for name in _UNREPEATABLE_FIELDS) or obj.contains_mm_input():
             return False

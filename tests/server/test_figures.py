@@ -34,6 +34,7 @@ def consistent(meta, tokens):
     assert tokens - 1 - forwards <= correct <= tokens - forwards
 
 
+@pytest.mark.parity("meta")
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_they_agree_with_the_counters_over_the_request(isd, stride, temperature):
@@ -65,6 +66,7 @@ def committed_per_forward(server, stride):
     raise AssertionError("no stream came with one event per forward")
 
 
+@pytest.mark.parity("meta")
 @pytest.mark.parametrize("stride", [2, 4, 8])
 def test_drafts_behind_a_stop_are_proposed_and_not_correct(isd, stride):
     tokens, steps = committed_per_forward(isd, stride)
@@ -93,6 +95,7 @@ def test_an_answer_of_one_token_has_none(isd):
     assert not [k for k in meta if k.startswith("spec_")]
 
 
+@pytest.mark.parity("meta")
 @pytest.mark.parametrize("stride", [1, 4, 8])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_openai_answers_carry_them(isd, path, stride):

@@ -41,6 +41,7 @@ def wanted(ar):
     return calls, ar.many(calls, 8)
 
 
+@pytest.mark.parity("penalties", "grammar")
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_overlapped_and_in_any_company(wanted, isd, stride):
     calls, want = wanted
@@ -49,11 +50,13 @@ def test_overlapped_and_in_any_company(wanted, isd, stride):
     assert not any(3 in ids(a) for a in got), "MASK was emitted"
 
 
+@pytest.mark.parity("penalties", "grammar")
 def test_strides_mixed_in_one_batch_without_overlap(wanted, isd_sync):
     calls, want = wanted
     assert not differing(want, isd_sync.many([{**c, "stride": 1 + i % 8} for i, c in enumerate(calls)], 16))
 
 
+@pytest.mark.parity("penalties", "grammar")
 def test_through_retraction_and_mixed_chunks(ar, isd_tight):
     """The KV pool is too small for the load: penalised and constrained requests are interrupted and resumed."""
     # Long answers that the scheduler does not know to be long (it would for ignore_eos).
@@ -79,6 +82,7 @@ def test_they_are_strided(isd, extra):
     assert tpf > 1.3 and after["rounds"]["single"] == before["rounds"]["single"]
 
 
+@pytest.mark.parity("grammar")
 def test_a_grammar_s_answer_is_valid_when_sampled(isd):
     shape = r'\{"name":"[a-z]{1,8}","state":"(pending|accepted)","n":[1-9][0-9]?\}'
     answers = isd.many([{"prompt": chat("Describe the request."), "temperature": 1.2, "max_new_tokens": 96, "regex": shape}] * 24, 12)
@@ -88,6 +92,7 @@ def test_a_grammar_s_answer_is_valid_when_sampled(isd):
         assert set(json.loads(answer["text"])) == {"name", "state", "n"}
 
 
+@pytest.mark.parity("grammar")
 def test_a_grammar_that_has_ended_goes_on_as_in_ar(ar, isd):
     """ignore_eos behind a complete grammar: nothing constrains what follows."""
     calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 24, "ignore_eos": True, "regex": "[a-z]{3}"} for p in prompts(6, seed=302)]
@@ -96,6 +101,7 @@ def test_a_grammar_that_has_ended_goes_on_as_in_ar(ar, isd):
         assert not differing(want, isd.many([{**c, "stride": stride} for c in calls], 3)), stride
 
 
+@pytest.mark.parity("grammar")
 def test_a_token_that_ends_an_answer_against_its_grammar_is_an_answer_as_in_ar(ar, isd):
     """Every token is held back, by the grammar or by min_new_tokens: what is left is token 0, and it is an end token here."""
     last = ids(ar.generate("x", temperature=0, max_new_tokens=1, regex="c"))[0]

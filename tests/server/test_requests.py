@@ -80,6 +80,7 @@ def test_a_hostile_parameter_is_a_400_that_names_it(isd, params, names):
     assert isd.alive() and isd.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
 
 
+@pytest.mark.parity("hidden_lora")
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_refusal_is_a_400_in_openai_shape_before_a_stream_begins(isd, path, streamed):

@@ -39,6 +39,7 @@ def chunks(server, body):
     return [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
 
 
+@pytest.mark.parity("seed")
 def test_unseeded_answers_replay_at_one_token_per_step_and_in_ar(ar, isd):
     """Answered in mixed batches at mixed strides, asked again alone at stride 1, and of the AR server."""
     rng = random.Random(11)
@@ -118,6 +119,7 @@ def test_openai_answers_carry_the_seed_where_they_carry_meta_info(isd):
     assert seed_of(choices[0]) != seed_of(choices[1])
 
 
+@pytest.mark.parity("seed")
 def test_retraction_and_resumption_keep_the_seed(ar, isd_tight):
     calls = [{"prompt": p, "temperature": 1.0, "max_new_tokens": 120, "logit_bias": {"2": -100}} for p in prompts(60, seed=204)]
     answers = isd_tight.many([{**c, "stride": 2 + i % 7} for i, c in enumerate(calls)], 24)

@@ -20,6 +20,8 @@ KINDS = [
     {"temperature": 1.0, "stop": ["and", "\n"]},
     {"temperature": 1.0, "regex": "[a-z ]{10,30}"},
     {"temperature": 0, "logit_bias": {"100": 5.0}},
+    {"temperature": 0, "presence_penalty": 0.9},
+    {"temperature": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.4},
     {"temperature": 1.0, "ignore_eos": True},
 ]
 
@@ -59,7 +61,7 @@ def test_clean_serving_of_mixed_requests_has_no_mismatch(checked):
     rng = random.Random(17)
     before, served = at_rest(checked), checked.metrics()
     done = tokens = 0
-    for wave, texts in enumerate([prompts(52, seed=230 + i) for i in range(6)]):
+    for wave, texts in enumerate([prompts(52, seed=230 + i) for i in range(3)]):
         calls = [{"prompt": p, "max_new_tokens": rng.randrange(1, 40), **KINDS[i % len(KINDS)]} for i, p in enumerate(texts)]
         answers = checked.many([{**c, "stride": rng.choice([1, 2, 3, 4, 8])} if i % 3 else c for i, c in enumerate(calls)], 12)
         body = {"text": chat("Tell me a story."), "sampling_params": {"temperature": 1.0, "max_new_tokens": 20, "n": 3}}
@@ -120,6 +122,19 @@ def test_a_check_makes_room_for_a_client_and_comes_again(checked):
     assert admitted() - started > answers, "no check was cut short"
     assert after == before | {"total": before["total"] + answers}
     assert aborted() == hangups, "a check that makes room is no aborted request"
+
+
+def test_the_cache_is_flushed_while_an_answer_is_checked(checked):
+    """SGLang flushes only while nothing runs; a check ends for it and comes again."""
+    before = at_rest(checked)
+    checked.generate("river", temperature=0, max_new_tokens=300, ignore_eos=True)
+    for _ in range(8):
+        # By now the check has begun, and it takes longer than this.
+        time.sleep(0.2)
+        assert checked.post("/flush_cache", {}).status_code == 200
+        assert figures(checked)["total"] == before["total"], "the check was over: flushing was no test"
+    after = settled(checked, before["total"] + before["dropped_total"] + 1)
+    assert after["mismatch_total"] == before["mismatch_total"]
 
 
 def test_an_orderly_stop_does_not_wait_for_the_queue(logs):

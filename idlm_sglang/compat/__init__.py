@@ -1,0 +1,174 @@
+"""Every patch on SGLang, in one place: what, why, guard, and when it can go.
+
+All go through SGLang's own ``HookRegistry``; a property, which that cannot hook, is replaced. A hook that fails to apply
+is only logged there, so :func:`assert_applied` is called before serving and again when the worker is built.
+"""
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from idlm_sglang import platform
+from idlm_sglang.compat.ends import (
+    defer_reasoning,
+    finish_token_by_token,
+    grammar_behind_end,
+    grammar_waits,
+)
+from idlm_sglang.compat.figures import (
+    attach_report,
+    count_decode,
+    count_row,
+    flush_past_checks,
+    make_room,
+    offer_for_selfcheck,
+    own_accept_rate,
+    own_figures,
+    report_in_meta_info,
+    state_report,
+    stride_handler,
+)
+from idlm_sglang.compat.requests import (
+    admit,
+    attach_seeds,
+    penalties_in_order,
+    refuse_in_http,
+    scores_without_generating,
+    token_keyed_sampler,
+)
+from idlm_sglang.compat.start import (
+    model_class_on_demand,
+    page_table_in_torch,
+    refuse_before_resolution,
+    room_for_strides,
+    serve_as_idlm,
+)
+from idlm_sglang.config import SettingError
+
+SUPPORTED = ">=0.5.23,<0.5.24"
+
+
+def check_version(found: str | None = None) -> None:
+    """Raise :class:`SettingError` unless SGLang is in the tested range."""
+    from packaging.specifiers import SpecifierSet
+
+    found = version("sglang") if found is None else found
+    if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
+        raise SettingError(f"SGLang {found} is installed; this version of idlm-sglang supports {SUPPORTED}")
+
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One hook.
+
+    Attributes:
+        target: dotted path of the function in SGLang.
+        kind: a ``HookType`` name, or PROPERTY for a property, which the registry cannot hook.
+        hook: the function hooked in.
+        parameters: for a replacement, the target's parameters it was written for.
+    """
+
+    target: str
+    kind: str
+    hook: Callable
+    parameters: tuple[str, ...] = ()
+
+
+PROPERTY = "PROPERTY"
+
+_SRT = "sglang.srt."
+_RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+_INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
+
+PATCHES = (
+    Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
+    Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
+    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
+    Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
+    Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),
+    Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
+    Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
+    Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
+    Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
+    Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
+    Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
+    Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
+    Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
+    Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", grammar_behind_end),
+    Patch(_RESULTS + "._maybe_update_reasoning_tokens", "AROUND", defer_reasoning),
+    Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
+    Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
+    Patch(_RESULTS + "._handle_finish_state_updated_req", "BEFORE", count_row),
+    Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
+    Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),
+    Patch(_TOKENIZER + ".flush_cache", "AROUND", flush_past_checks),
+    Patch(_TOKENIZER + "._init_req_state", "BEFORE", make_room),
+    Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
+    Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
+    Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),
+)
+
+
+CPU_PATCHES = (
+    Patch(
+        _SRT + "mem_cache.allocation.assign_req_to_token_pool_func",
+        "REPLACE",
+        page_table_in_torch,
+        ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
+    ),
+)
+
+
+def patches() -> tuple[Patch, ...]:
+    """What this machine needs: the CPU platform has patches of its own."""
+    return PATCHES + (CPU_PATCHES if platform.activate() is not None else ())
+
+
+def register_patches() -> None:
+    """Queue every patch with SGLang's hook registry; SGLang applies them once all plugins are loaded.
+
+    Raises:
+        SettingError: a function to be replaced is not the one that the replacement was written for.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for patch in patches():
+        if patch.parameters:
+            found = tuple(inspect.signature(pkgutil.resolve_name(patch.target)).parameters)
+            if found != patch.parameters:
+                raise SettingError(f"SGLang {version('sglang')}: {patch.target} takes {found}; allowed: {patch.parameters}")
+        if patch.kind == PROPERTY:
+            _replace_property(patch)
+        else:
+            HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
+
+
+def _replace_property(patch: Patch) -> None:
+    owner, name = patch.target.rsplit(".", 1)
+    if not isinstance(inspect.getattr_static(pkgutil.resolve_name(owner), name), property):
+        raise SettingError(f"SGLang {version('sglang')}: {patch.target} is no property any more")
+    setattr(pkgutil.resolve_name(owner), name, property(patch.hook))
+
+
+def _taken(patch: Patch) -> bool:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if patch.kind == PROPERTY:
+        owner, name = patch.target.rsplit(".", 1)
+        return getattr(inspect.getattr_static(pkgutil.resolve_name(owner), name), "fget", None) is patch.hook
+    return patch.target in HookRegistry._patched
+
+
+def assert_applied() -> None:
+    """Raise :class:`SettingError` if a patch did not take: serving on would be wrong, not merely slower."""
+    wanted = patches()
+    missing = [patch.target for patch in wanted if not _taken(patch)]
+    if missing:
+        raise SettingError(
+            f"SGLang {version('sglang')} did not take {len(missing)} of {len(wanted)} hooks ({', '.join(missing)}); "
+            f"the log above says why. Allowed: a plain SGLang {SUPPORTED}"
+        )

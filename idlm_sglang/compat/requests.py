@@ -1,0 +1,116 @@
+"""What becomes of a request: admission, seeds, penalties."""
+
+from collections.abc import Callable
+
+from idlm_sglang.compat.running import is_isd
+from idlm_sglang.config import ALGORITHM
+
+
+def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
+    """What: after ``TokenizerManager._create_tokenized_object`` admission may refuse the request, as SGLang refuses bad ones.
+    Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200.
+    Guard: the hook applied; refusals are tested streamed and not.
+    Goes when: with the hook above.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if not is_isd() or not isinstance(obj, GenerateReqInput):
+        return
+    from idlm_sglang.config import handed_down
+    from idlm_sglang.engine.admission import refusal
+    from idlm_sglang.engine.metrics import requests_counter
+    from idlm_sglang.engine.requests import REFUSED
+
+    refused = refusal(tokenized, handed_down())
+    if refused is None:
+        return
+    reason, message = refused
+    if manager.enable_metrics:
+        if not hasattr(manager, "idlm_requests"):
+            manager.idlm_requests = requests_counter({"model_name": manager.served_model_name, "dp_rank": ""})
+        manager.idlm_requests(mode=REFUSED, reason=reason).inc()
+    raise ValueError(message)
+
+
+def admit(scheduler, req, is_retracted: bool = False) -> None:
+    """What: ``Scheduler._add_request_to_queue`` first asks admission; a refused request ends as HTTP 400.
+    Why: SGLang has no per-request hook for a registered algorithm, and an exception in the worker kills the server.
+    Guard: the hook applied; refusal tests.
+    Goes when: ``CustomSpecAlgo`` gets a ``validate_request``.
+    """
+    if not is_isd() or is_retracted or req.to_finish is not None or getattr(req, "idlm_plan", None) is not None:
+        return
+    from idlm_sglang.engine.admission import defuse, plan_of
+    from idlm_sglang.engine.requests import REFUSED
+
+    worker = scheduler.draft_worker
+    plan = plan_of(req, worker.settings, worker.server_seed)
+    if worker.metrics is not None:
+        worker.metrics.request(plan.mode, plan.reason)
+    if plan.mode == REFUSED:
+        req.set_finish_with_abort(plan.message)
+        defuse(req)
+        scheduler.init_req_max_new_tokens(req)
+
+
+def scores_without_generating(req) -> bool:
+    """What: ``Req.is_prefill_only``, a property, is true for ``max_new_tokens`` 0 under ISD too.
+    Why: SGLang switches it off for every speculative algorithm; ``/v1/score`` then reads the wrong positions. ISD runs a
+    prefill as it is, and has nothing to lose there.
+    Guard: the property is still one; scores are compared with AR.
+    Goes when: SGLang asks the algorithm.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    return req.sampling_params.max_new_tokens == 0 and get_spec().speculative_algorithm in (None, ALGORITHM)
+
+
+def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
+    """What: ``ForwardBatch.init_new`` leaves the rows' noise keys on ``sampling_info.idlm_seeds``.
+    Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``, and draws none of its own.
+    Guard: the hook applied; seeded tests, and replays of unseeded answers at one token per step.
+    Goes when: ``SamplingBatchInfo`` carries every request's seed.
+    """
+    info = batch.sampling_info
+    if info is None:
+        return
+    info.idlm_seeds = None
+    if info.sampling_seed is not None:
+        return  # --enable-deterministic-inference in AR serving: SGLang's own seeds, batch-mates included
+    if forward_batch.forward_mode.is_target_verify():
+        return  # The worker has the seeds of its own step.
+    import torch
+
+    from idlm_sglang.engine.admission import plan_of
+    from idlm_sglang.engine.requests import server_seed
+
+    plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
+    if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
+        return
+    host = torch.tensor([plan.seed for plan in plans], dtype=torch.int64)
+    on_gpu = torch.device(batch.device).type == "cuda"
+    info.idlm_seeds = (host.pin_memory() if on_gpu else host).to(batch.device, non_blocking=True)
+
+
+def token_keyed_sampler(sampler, *_, **__):
+    """What: ``create_sampler`` gives the stock sampler token-keyed noise for seeded batches.
+    Why: the stock seeded draw depends on batch-mates and needs an op that CPU lacks.
+    Guard: only an exact stock ``Sampler`` is replaced; a custom backend's is left alone.
+    Goes when: SGLang's seeded sampling is keyed by token id.
+    """
+    from sglang.srt.layers.sampler import Sampler
+
+    from idlm_sglang.engine.sampler import TokenKeyedSampler
+
+    return TokenKeyedSampler() if type(sampler) is Sampler else sampler
+
+
+def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch, penalizers) -> None:
+    """What: ``BatchedPenalizerOrchestrator`` gets its penalizers in one order, additive ones first; under ISD it gets none.
+    Why: it is given a set of classes, so that with the overlap schedule off a process applies a repetition penalty before
+    or after the additive ones by chance. Under ISD the worker counts tokens on the device.
+    Guard: the hook applied; penalties are compared with AR, two of a kind together.
+    Goes when: SGLang gives it a list, and counts every token of a speculative step.
+    """
+    ordered = sorted(penalizers, key=lambda kind: (kind.is_multiplicative, kind.__name__))
+    original(orchestrator, vocab_size, batch, () if is_isd() else ordered)

@@ -1,0 +1,84 @@
+"""Before a server serves: sizes, model class and configuration, settings that cannot be served."""
+
+from idlm_sglang.compat.running import is_isd
+from idlm_sglang.config import ALGORITHM
+
+
+def room_for_strides(result: int) -> int:
+    """What: ``get_req_to_token_extra_context_len`` returns at least the decode reserve.
+    Why: at page size 1 it adds 4 + W columns while a decode step reserves 2W: rows overflow from W = 5 on.
+    Guard: the hook applied; test with W >= 9 and a small context.
+    Goes when: SGLang sizes the row by ``get_alloc_reserve_per_decode`` for every algorithm, as it does for UNO.
+    """
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size, get_alloc_reserve_per_decode
+
+    if not is_isd():
+        return result
+    return max(result, get_alloc_reserve_per_decode() + get_alloc_page_size() - 1)
+
+
+def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
+    """What: ``ModelConfig.from_server_args`` maps I-DLM checkpoints to our class and fills in MASK.
+    Why: ``SDARForCausalLM`` is SGLang's block-diffusion class; a plain Qwen3 checkpoint needs MASK removed under ISD.
+    Guard: nothing changes for other architectures, nor with ``--dllm-algorithm``.
+    Goes when: published checkpoints name an architecture of their own.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    from idlm_sglang import checkpoint
+    from idlm_sglang.config import read_settings
+
+    cfg = resolving_view(server_args)
+    hf = config.hf_config
+    names = list(hf.architectures or [])
+    isd = (cfg.speculative_algorithm or "").upper() == ALGORITHM
+    ours = {checkpoint.ARCHITECTURE, checkpoint.PUBLISHED_ARCHITECTURE} | ({checkpoint.AR_ARCHITECTURE} if isd else set())
+    if cfg.dllm_algorithm is not None or not ours & set(names):
+        return
+
+    def load_tokenizer():
+        from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+        return get_tokenizer(cfg.tokenizer_path or cfg.model_path, trust_remote_code=cfg.trust_remote_code, tokenizer_revision=cfg.revision)
+
+    loader = None if cfg.skip_tokenizer_init else load_tokenizer
+    hf.mask_token_id, _ = checkpoint.resolve_mask_token_id(hf, loader, read_settings().mask_token_id, hf.vocab_size)
+    hf.architectures = [checkpoint.ARCHITECTURE]
+
+
+def model_class_on_demand(*args, **kwargs) -> None:
+    """What: before ``get_model_architecture`` looks a class up, ours is in ``ModelRegistry``.
+    Why: registering at plugin load would import the model code in every process, HTTP and detokenizer included.
+    Guard: the hook applied; without it the architecture name is unknown and the start fails.
+    Goes when: ``ModelRegistry`` takes lazy entries.
+    """
+    from sglang.srt.models.registry import ModelRegistry
+
+    from idlm_sglang.model import IDLMForCausalLM
+
+    ModelRegistry.models[IDLMForCausalLM.__name__] = IDLMForCausalLM
+
+
+def refuse_before_resolution(server_args) -> None:
+    """What: before SGLang resolves its arguments, those that ISD does not serve are refused as typed.
+    Why: a registered algorithm is asked late: until then some are rewritten (``--enable-dp-attention``), dropped
+    (``--speculative-adaptive``), or fail elsewhere with a stack trace.
+    Guard: the hook applied; the table of refusals in tests/serving.
+    Goes when: ``CustomSpecAlgo.validate_server_args`` runs on the raw arguments.
+    """
+    from idlm_sglang.engine.algorithm import choose_backend, refuse_unserved
+
+    if (server_args.speculative_algorithm or "").upper() == ALGORITHM:
+        refuse_unserved(server_args)
+        choose_backend(server_args)
+
+
+def page_table_in_torch(*args, **kwargs) -> None:
+    """What: ``assign_req_to_token_pool_func`` is torch indexing on the CPU platform.
+    Why: off SGLang's own CPU engine it launches a Triton kernel, on every speculative decode step.
+    Guard: the function still takes the parameters that the replacement was written for.
+    Goes when: SGLang consults ``capabilities.supports_triton`` there, as its paged allocator does.
+    """
+    from idlm_sglang.platform.page_table import assign_req_to_token
+
+    assign_req_to_token(*args, **kwargs)
