@@ -1,6 +1,6 @@
 """Tokens per second of the embedded checkpoint, ISD over AR, through real servers on this machine.
 
-    python -m benchmarks.demo_ratio [--stride 4] [--clients 1 4 8 16] [--prompts 64]
+    python -m benchmarks.demo_ratio [--stride 4] [--clients 1 4 8 16] [--prompts 64] [--extra '{"presence_penalty": 1.5}']
 
 Both arms are `idlm serve` with the same checkpoint and the plugin loaded; they are started, warmed up and timed one at
 a time, on the same greedy chat prompts, kept out of training. Figures of one run are to be read as ratios.

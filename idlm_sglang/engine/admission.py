@@ -36,6 +36,8 @@ def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
     if req.return_sampling_mask:
         return "sampling_mask", "return_sampling_mask is not available with --speculative-algorithm ISD"
     params = req.sampling_params
+    if (params.beam_width or 1) > 1:
+        return "beam_search", "beam_width (beam search) is not available with --speculative-algorithm ISD"
     if params.custom_params is not None and not isinstance(params.custom_params, dict):
         return "custom_params", f"custom_params is a {type(params.custom_params).__name__}; allowed: an object"
     if params.top_k > _TOP_K_MAX:

@@ -45,6 +45,8 @@ def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, *
         (request(hidden="last"), "refused", "hidden_states"),
         (request(lora="x"), "refused", "lora"),
         (request(mask=True), "refused", "sampling_mask"),
+        (request(beam_width=2), "refused", "beam_search"),
+        (request(beam_width=1), "strided", "default"),
         (request(custom_params={"idlm_stride": 9}), "refused", "stride"),
         (request(custom_params={"idlm_stride": 0}), "refused", "stride"),
         (request(custom_params={"idlm_stride": True}), "refused", "stride"),

@@ -65,6 +65,7 @@ def test_logprobs_are_those_of_ar(ar, isd, stride, params):
 @pytest.mark.parametrize(
     "params, names",
     [
+        ({"beam_width": 2, "n": 2}, "beam_width"),
         ({"custom_params": [1]}, "custom_params"),
         ({"custom_params": "idlm_stride"}, "custom_params"),
         ({"custom_params": 7}, "custom_params"),

@@ -39,7 +39,7 @@ ROWS = {
     "batches": Row("n, best_of, lists, input_ids; input_embeds", "as AR", "strided; input_embeds as AR"),
     "lifecycle": Row("streams, disconnects, abort, pause, flush", "as AR, nothing leaks", "as AR"),
     "custom_processors": Row("custom logit processors", "applied", "one token per step", strided=False),
-    "hidden_lora": Row("hidden states, LoRA adapters", "served, or a 400 that names it", "refused with a 400 that names it", strided=False),
+    "hidden_lora": Row("hidden states, LoRA adapters, beam search", "served, or a 400 that names it", "refused with a 400 that names it", strided=False),
     "meta": Row("usage and meta_info", "AR's values; figures of speculation are true", "as AR, with figures of speculation beside"),
     "endpoints": Row("chat, completions, responses, generate, messages, tokenize, score, and the rest", "work", "as AR"),
 }
