@@ -65,6 +65,19 @@ def refusal(req, settings: Settings) -> tuple[str, str] | None:
         return "unreadable", f"the request's parameters could not be read: {error}"
 
 
+def _unreadable_processor(req) -> tuple[str, str] | None:
+    """SGLang reads the processor, which may be anything a client sent, where an exception ends the scheduler."""
+    if not req.custom_logit_processor:
+        return None
+    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+    try:
+        CustomLogitProcessor.from_str(req.custom_logit_processor)
+    except Exception as error:
+        return "custom_logit_processor", f"custom_logit_processor cannot be read: {type(error).__name__}: {error}"
+    return None
+
+
 def _has_grammar(req) -> bool:
     fields = ("json_schema", "regex", "ebnf", "structural_tag")
     return req.grammar is not None or any(getattr(req.sampling_params, field, None) is not None for field in fields)
@@ -90,7 +103,9 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
     number = next_number()
     client_seed = req.sampling_params.sampling_seed
     seed = derived_seed(server_seed, number) if client_seed is None else int(client_seed)
-    refused = refusal(req, settings) if settings is not None else None
+    refused = None
+    if settings is not None:
+        refused = refusal(req, settings) or _unreadable_processor(req)
     stride = _asked(req, STRIDE_PARAM)
     if refused is not None:
         mode, (reason, message) = REFUSED, refused
@@ -108,6 +123,7 @@ def defuse(req) -> None:
     """Make a refused request harmless: SGLang still runs one token of it, and builds a batch from its parameters."""
     params = req.sampling_params
     params.top_k, params.logit_bias, params.custom_params = 1, None, None
+    req.custom_logit_processor = None
 
 
 def plan_of(req, settings: Settings | None, server_seed: int) -> RequestPlan:

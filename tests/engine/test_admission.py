@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from idlm_sglang.config import Settings
@@ -14,6 +15,7 @@ from idlm_sglang.engine.requests import BatchRows, derived_seed, stride_limit
 
 SETTINGS = Settings(stride=4, max_stride=8)
 VOCAB = 32
+PROCESSOR = DisallowedTokensLogitsProcessor.to_str()
 
 
 def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, **params):
@@ -36,16 +38,17 @@ def request(hidden=False, lora=None, mask=False, grammar=None, processor=None, *
         (request(presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1, min_new_tokens=2), "strided", "default"),
         (request(regex="a+"), "strided", "default"),
         (request(grammar=object()), "strided", "default"),
-        (request(regex="a+", processor="code"), "single", "custom_logit_processor"),
-        (request(processor="code"), "single", "custom_logit_processor"),
+        (request(regex="a+", processor=PROCESSOR), "single", "custom_logit_processor"),
+        (request(processor=PROCESSOR), "single", "custom_logit_processor"),
         (request(custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "strided", "selfcheck"),
-        (request(processor="code", custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
+        (request(processor=PROCESSOR, custom_params={"idlm_stride": 1, "idlm_selfcheck": True}), "single", "selfcheck"),
         (request(custom_params={"idlm_stride": 9, "idlm_selfcheck": True}), "refused", "stride"),
         (request(hidden=True), "refused", "hidden_states"),
         (request(hidden="last"), "refused", "hidden_states"),
         (request(lora="x"), "refused", "lora"),
         (request(mask=True), "refused", "sampling_mask"),
         (request(beam_width=2), "refused", "beam_search"),
+        (request(processor="no processor"), "refused", "custom_logit_processor"),
         (request(beam_width=1), "strided", "default"),
         (request(custom_params={"idlm_stride": 9}), "refused", "stride"),
         (request(custom_params={"idlm_stride": 0}), "refused", "stride"),
@@ -82,7 +85,7 @@ def test_limits_follow_the_request_the_server_and_the_mode():
     assert stride_limit(plan_request(request(), SETTINGS, 1), SETTINGS, 4) == 3
     assert stride_limit(plan_request(request(), SETTINGS, 1), SETTINGS, 1) == 0
     assert stride_limit(plan_request(request(custom_params={"idlm_stride": 8}), SETTINGS, 1), SETTINGS, 1) == 7
-    assert stride_limit(plan_request(request(processor="code"), SETTINGS, 1), SETTINGS, 4) == 0
+    assert stride_limit(plan_request(request(processor=PROCESSOR), SETTINGS, 1), SETTINGS, 4) == 0
 
 
 def test_a_client_s_seed_is_kept_and_derived_seeds_do_not_repeat():

@@ -93,3 +93,26 @@ def test_a_refusal_is_a_400_in_openai_shape_before_a_stream_begins(isd, path, st
     assert reply.status_code == error["code"] == 400 and error["object"] == "error"
     assert error["message"] == "custom_params.idlm_stride=99 is not valid; allowed: an integer from 1 to 16"
     assert isd.metrics()[counter] == before + 1
+
+
+@pytest.mark.parametrize("processor", ["not one", "{}", '{"callable": "zz"}', '{"callable": "00"}', "[1]"])
+def test_a_processor_that_cannot_be_read_is_a_400_that_names_it(isd, processor):
+    reply = isd.post("/generate", {"text": "Hi", "custom_logit_processor": processor, "sampling_params": {"max_new_tokens": 2}})
+    assert reply.status_code == 400 and "custom_logit_processor cannot be read" in reply.text, reply.text
+    assert isd.alive() and isd.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
+
+
+def test_sessions_are_continued_as_in_ar(ar, isd):
+    """SGLang's sessions: a request that goes on where another ended, penalties and grammars included."""
+    found = []
+    for server in (ar, isd):
+        session = server.post("/open_session", {"capacity_of_str_len": 2000}).json()
+        texts, rid = [], None
+        for ids_in, extra in [([5, 6, 7], {}), ([310, 331], {"presence_penalty": 0.9}), ([342], {"regex": "[a-z ]{5,20}", "frequency_penalty": 0.5})]:
+            body = {"input_ids": ids_in, "session_params": {"id": session, "rid": rid}, "sampling_params": {"temperature": 0, "max_new_tokens": 20, **extra}}
+            answer = server.post("/generate", body).json()
+            rid = answer["meta_info"]["id"]
+            texts.append((answer["text"], ids(answer), answer["meta_info"]["prompt_tokens"]))
+        assert server.post("/close_session", {"session_id": session}).status_code == 200
+        found.append(texts)
+    assert found[0] == found[1] and found[1][2][2] > 5
