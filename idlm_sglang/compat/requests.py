@@ -83,13 +83,12 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
 
     from idlm_sglang.engine.admission import plan_of
     from idlm_sglang.engine.requests import server_seed
+    from idlm_sglang.engine.transfer import on_device
 
     plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
     if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
         return
-    host = torch.tensor([plan.seed for plan in plans], dtype=torch.int64)
-    on_gpu = torch.device(batch.device).type == "cuda"
-    info.idlm_seeds = (host.pin_memory() if on_gpu else host).to(batch.device, non_blocking=True)
+    info.idlm_seeds = on_device(torch.tensor([plan.seed for plan in plans], dtype=torch.int64), batch.device)
 
 
 def token_keyed_sampler(sampler, *_, **__):

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from idlm_sglang.engine.penalties import on_device
 from idlm_sglang.engine.state import Carried
+from idlm_sglang.engine.transfer import on_device
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ with and without overlap, after a retraction, and at any stride.
 
 import torch
 
+from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.isd.penalties import PenaltyRows
 
 
@@ -27,12 +28,6 @@ def end_tokens(req, vocab: int) -> list[int]:
     if tokenizer is not None:
         found |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ()) | {tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None and 0 <= token < vocab)
-
-
-def on_device(host: torch.Tensor, device) -> torch.Tensor:
-    """``host`` on ``device``, copied without waiting for it."""
-    on_gpu = torch.device(device).type == "cuda"
-    return (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)
 
 
 class PenalisedRows:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from idlm_sglang.config import MAX_STRIDE, Settings
-from idlm_sglang.engine.penalties import on_device, penalised_rows
+from idlm_sglang.engine.penalties import penalised_rows
+from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.isd.target import SamplingRows
 
 STRIDE_PARAM = "idlm_stride"

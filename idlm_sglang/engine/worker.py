@@ -19,10 +19,11 @@ from idlm_sglang.config import REJECTION, SettingError, handed_down
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.grammar import STRIDED_BACKENDS, GrammarStep
 from idlm_sglang.engine.metrics import IsdMetrics
-from idlm_sglang.engine.penalties import TokenCounts, on_device, penalised_rows, sampler_terms
+from idlm_sglang.engine.penalties import TokenCounts, penalised_rows, sampler_terms
 from idlm_sglang.engine.requests import BatchRows, server_seed
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
 from idlm_sglang.engine.state import Carried, SlotState
+from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.isd import isd_step, step_positions, step_tokens
 from idlm_sglang.isd.penalties import penalise
 from idlm_sglang.isd.verify import valid_drafts
