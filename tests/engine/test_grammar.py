@@ -128,3 +128,26 @@ def test_packed_masks_are_read_right():
         assert only_token(view) == token and allows(view, token) and not allows(view, (token + 1) % 128) and not allows(view, 128)
     words.fill_(-1)
     assert only_token(words.numpy().view("uint32")) is None
+
+
+def test_a_grammar_held_back_until_thinking_ends_is_walked_and_restored(build, tokenizer):
+    """SGLang's wrapper for reasoning: nothing is constrained up to the end sequence, everything behind it."""
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+
+    a, dash, comma = (tokenizer.encode(x, add_special_tokens=False)[0] for x in "a-,")
+
+    def wrapped():
+        outer = ReasonerGrammarObject(build("[ab]{3,9}"), [dash, dash])
+        outer.maybe_init_reasoning(True)
+        return outer
+
+    grammar = wrapped()
+    found, words = walked(grammar, [comma, dash, dash, a, comma], 5, tokenizer)
+    assert found.drafts == [comma, dash, dash, a], "thinking is free, and the answer's comma is forbidden"
+    assert all(allows(words[row], comma) for row in range(3)) and not any(allows(words[row], comma) for row in (3, 4))
+    again, words_again = walked(grammar, [comma, dash, dash, a, comma], 5, tokenizer)
+    assert again == found and (words == words_again).all(), "the automaton was not left as found"
+    for token in (comma, dash, dash):
+        grammar.accept_token(token)
+    found, words = walked(grammar, [a, comma], 5, tokenizer)
+    assert found.drafts == [a] and not allows(words[0], comma)
