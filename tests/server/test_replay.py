@@ -61,7 +61,15 @@ def test_a_changed_token_and_a_changed_word_are_found(isd, log, tmp_path, capsys
     assert code == 1 and "line 1: token 0 differs" in out and "line 2 answer 2: character 5 differs: '#' in the log" in out
 
 
-def test_another_seed_is_a_difference(isd, log, tmp_path, capsys):
-    changed = json.loads(json.dumps(log[1]))
-    changed["response"]["meta_info"]["seed"] += 1
-    assert replayed(isd, [changed], tmp_path, capsys)[0] == 1
+def test_another_seed_is_a_difference(isd, tmp_path, capsys):
+    """Each answer alone may come out the same of another seed: the more so the surer the model is of it. Of sixteen hot ones some do not."""
+    entries = []
+    for text in prompts(16, seed=257):
+        request = {"text": text, "sampling_params": {"max_new_tokens": 24, "temperature": 1.5}}
+        entries.append({"path": "/generate", "request": request, "response": isd.post("/generate", request).json()})
+    assert replayed(isd, entries, tmp_path, capsys)[0] == 0
+    for entry in entries:
+        entry["response"]["meta_info"]["seed"] += 1
+    code, out = replayed(isd, entries, tmp_path, capsys)
+    print(out)
+    assert code == 1
