@@ -1,4 +1,4 @@
-"""The ``sglang.srt.plugins`` entry point. SGLang calls it in every process that serves."""
+"""The ``sglang.srt.plugins`` entry points. SGLang calls them in every process that serves."""
 
 import logging
 
@@ -23,6 +23,15 @@ def register() -> None:
         logger.error("idlm: the plugin cannot serve here: %s", reason)
         _register_refusal(reason)
         raise
+
+
+def register_cpu() -> None:
+    """Register what SGLang's own code needs on the CPU platform, and nothing of ISD's.
+
+    ``SGLANG_PLUGINS=idlm_cpu`` leaves :func:`register` out: stock SGLang, on a machine without an accelerator too.
+    """
+    compat.check_version()
+    compat.register_patches(compat.cpu_patches())
 
 
 def _register_algorithm() -> None:

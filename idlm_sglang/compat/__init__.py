@@ -123,20 +123,27 @@ CPU_PATCHES = (
 )
 
 
+def cpu_patches() -> tuple[Patch, ...]:
+    """What SGLang needs on the CPU platform, with any algorithm; nothing elsewhere."""
+    return CPU_PATCHES if platform.activate() is not None else ()
+
+
 def patches() -> tuple[Patch, ...]:
     """What this machine needs: the CPU platform has patches of its own."""
-    return PATCHES + (CPU_PATCHES if platform.activate() is not None else ())
+    return PATCHES + cpu_patches()
 
 
-def register_patches() -> None:
-    """Queue every patch with SGLang's hook registry; SGLang applies them once all plugins are loaded.
+def register_patches(wanted: tuple[Patch, ...] | None = None) -> None:
+    """Queue patches (all by default) with SGLang's hook registry, each once; SGLang applies them once all plugins are loaded.
 
     Raises:
         SettingError: a function to be replaced is not the one that the replacement was written for.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for patch in patches():
+    for patch in patches() if wanted is None else wanted:
+        if any(hook is patch.hook for _, hook, _ in HookRegistry._hooks.get(patch.target, ())):
+            continue
         if patch.parameters:
             found = tuple(inspect.signature(pkgutil.resolve_name(patch.target)).parameters)
             if found != patch.parameters:

@@ -62,7 +62,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,bench}")
 
     serve = commands.add_parser(
         "serve",
@@ -97,6 +97,8 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     replay.add_argument("--url", default="http://127.0.0.1:30000", help="the server to ask (default http://127.0.0.1:30000)")
     replay.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
     replay.add_argument("--clients", metavar="N", default="4", help="requests at a time (default 4)")
+    # Listed for the help alone: what follows is read by the command's own module.
+    commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
     return top, serve
 
 
@@ -108,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Parsed on its own: SGLang's flags and their values are words that no parser here knows.
         own, rest = serve.parse_known_args(words[1:])
         return _serve(own, rest)
+    if words[:1] == ["bench"]:
+        return _bench(words[1:])
     own = top.parse_args(words)
     if own.version:
         from idlm_sglang.serving.summary import versions
@@ -134,6 +138,23 @@ def _serve(own: argparse.Namespace, rest: Sequence[str]) -> int:
     except SettingError as refused:
         print(refused.code, file=sys.stderr)
         return 1
+
+
+def _bench(words: Sequence[str]) -> int:
+    from idlm_sglang.bench import options
+
+    own = options.parser(_Parser).parse_args(words)
+    try:
+        asked = options.resolve(own, words)
+        from idlm_sglang.bench.run import run
+
+        return run(asked)
+    except ModuleNotFoundError as missing:
+        print(f"idlm: bench needs {missing.name}, which is not installed; allowed: pip install 'idlm-sglang[bench]'", file=sys.stderr)
+        return 1
+    except SettingError as refused:
+        print(refused.code, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The arms of a comparison: what each is called, and the command that serves it."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from idlm_sglang.config import DEFAULT_STRIDE, MAX_STRIDE, SettingError, whole_number
+from idlm_sglang.serving.options import DEMO_NAME
+
+STOCK, AR, ISD, URL = "stock", "ar", "isd", "url"
+
+# SGLang's own class for the architecture; stock SGLang knows no I-DLM, and serves another model under SDAR's name.
+_STOCK_CLASS = {"IDLMForCausalLM": "Qwen3ForCausalLM", "SDARForCausalLM": "Qwen3ForCausalLM"}
+
+ALLOWED = "stock, ar, isd, isd:N or a URL, with a name in front (NAME=...) where SGLang flags follow"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One server of the comparison.
+
+    Attributes:
+        name: in tables and plots.
+        kind: STOCK (SGLang without the plugin), AR (with it, one token per step), ISD, or URL (already running).
+        stride: N of an ISD arm, else None.
+        flags: the arm's own SGLang flags.
+        url: where a URL arm is.
+    """
+
+    name: str
+    kind: str
+    stride: int | None = None
+    flags: tuple[str, ...] = ()
+    url: str | None = None
+
+
+def parse(text: str) -> Arm:
+    """An arm from ``[NAME=]BASE [FLAGS]``. Raises :class:`SettingError`."""
+    shown = f"--arm {text!r}"
+    try:
+        first, *flags = shlex.split(text)
+    except ValueError as error:
+        raise SettingError(f"{shown} is not valid ({error}); allowed: {ALLOWED}") from None
+    name, separator, base = first.partition("=")
+    if not separator or "://" in name:
+        name, base = first, first
+    if not name:
+        raise SettingError(f"{shown} has an empty name; allowed: {ALLOWED}")
+    if flags and not separator:
+        raise SettingError(f"{shown} has flags of its own and no name; allowed: NAME={text}")
+    if base.startswith(("http://", "https://")):
+        if flags:
+            raise SettingError(f"{shown} is running already, flags cannot reach it; allowed: the URL alone")
+        return Arm(name, URL, url=base.rstrip("/").removesuffix("/v1"))
+    kind, _, stride = base.partition(":")
+    if kind not in (STOCK, AR, ISD) or (stride and kind != ISD) or base.endswith(":"):
+        raise SettingError(f"{shown} is not known; allowed: {ALLOWED}")
+    number = whole_number(f"{shown}: stride {stride}", stride, 1, MAX_STRIDE) if stride else DEFAULT_STRIDE
+    return Arm(name, kind, number if kind == ISD else None, tuple(flags))
+
+
+def parse_all(texts: list[str]) -> list[Arm]:
+    """The arms in order; the first is the one that others are compared with. Raises :class:`SettingError`."""
+    arms = [parse(text) for text in texts]
+    if len(arms) < 2:
+        raise SettingError(f"{len(arms)} arm was given; allowed: two or more --arm")
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SettingError(f"--arm {twice[0]!r} was given twice; allowed: different names, such as a={twice[0]} and b={twice[0]}")
+    return arms
+
+
+def command(arm: Arm, model: Path | str, embedded: bool, common: tuple[str, ...], port: int, scratch: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that serves an arm on 127.0.0.1:``port``, and what it needs in its environment.
+
+    ``common``: SGLang flags for every arm, in front of the arm's own. ``scratch``: a directory for a configuration that stock SGLang can read.
+    """
+    flags = ["--host", "127.0.0.1", "--port", str(port), *common, *arm.flags]
+    if arm.kind == STOCK:
+        named = ["--dtype", "float32", "--served-model-name", DEMO_NAME] if embedded else []
+        served = stock_checkpoint(Path(model), scratch) if Path(model).is_dir() else model
+        # The CPU platform is needed to run at all where there is no accelerator; nothing of the plugin's own is loaded.
+        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *named, *flags], {"SGLANG_PLUGINS": "idlm_cpu"}
+    own = ["--ar"] if arm.kind == AR else ["--stride", str(arm.stride), "--selfcheck", "0"]
+    return [sys.executable, "-P", "-m", "idlm_sglang.serving.cli", "serve", str(model), *own, "--verbose", *flags], {}
+
+
+def stock_checkpoint(model: Path, scratch: Path) -> Path:
+    """The checkpoint under the architecture that stock SGLang serves it with: links to its files and a config.json that says so."""
+    config = json.loads((model / "config.json").read_text())
+    known = [_STOCK_CLASS.get(name, name) for name in config.get("architectures") or []]
+    if known == config.get("architectures"):
+        return model
+    config.update(architectures=known, model_type="qwen3")
+    config.pop("auto_map", None)
+    target = scratch / "stock-checkpoint"
+    target.mkdir(exist_ok=True)
+    for file in model.iterdir():
+        if file.name != "config.json" and not (target / file.name).exists():
+            (target / file.name).symlink_to(file.resolve())
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    return target

@@ -1,0 +1,83 @@
+"""What the engine did during one point, from the counters at its ``/metrics`` before and behind it."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_IDLM = "idlm:"
+_VERIFIES = "sglang:spec_verify_calls_total"
+_GENERATED = "sglang:generation_tokens_total"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How requests were decoded during one point.
+
+    Attributes:
+        tokens_per_forward: tokens committed per request and decode forward (TPF).
+        queries: rows of one request in one forward: 2N - 1 at stride N, 1 in AR.
+        efficiency: TPF^2 / queries.
+        introspective_acceptance: mean of min(1, p/q) over tried drafts, None without drafts.
+        accepted, proposed: drafts by position behind the pending token.
+        cold: share of the rounds that had no drafts to verify.
+    """
+
+    tokens_per_forward: float
+    queries: int
+    efficiency: float
+    introspective_acceptance: float | None = None
+    accepted: tuple[int, ...] = ()
+    proposed: tuple[int, ...] = ()
+    cold: float = 0.0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class Counts(Counter):
+    """Counters of one scrape, keyed by name and the labels that matter here, summed over the others."""
+
+    def __init__(self, text: str = ""):
+        super().__init__()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith(_IDLM) or sample.name in (_VERIFIES, _GENERATED):
+                    self[sample.name, sample.labels.get("position") or sample.labels.get("kind") or ""] += sample.value
+
+    def since(self, before: "Counts") -> "Counts":
+        found = Counts()
+        found.update({key: value - before[key] for key, value in self.items()})
+        return found
+
+
+def decoding(counts: Counts, stride: int | None, algorithm: str | None, draft_tokens: int | None) -> Decoding | None:
+    """Figures of the counts of one point; None where the server has no counters for its algorithm.
+
+    ``stride``: N of an ISD server. ``algorithm``: what else is speculative there, None for AR. ``draft_tokens``: rows it verifies per request.
+    """
+    if stride is not None:
+        rounds = {kind: counts["idlm:rounds_total", kind] for kind in ("verify", "cold", "single")}
+        total = sum(rounds.values())
+        if not total:
+            return None
+        queries = 2 * stride - 1
+        tpf = counts["idlm:tokens_committed_total", ""] / total
+        tried = counts["idlm:introspective_acceptance_count_total", ""]
+        positions = [str(i) for i in range(1, stride)]
+        return Decoding(
+            tpf,
+            queries,
+            tpf**2 / queries,
+            counts["idlm:introspective_acceptance_sum_total", ""] / tried if tried else None,
+            tuple(int(counts["idlm:drafts_accepted_total", p]) for p in positions),
+            tuple(int(counts["idlm:drafts_proposed_total", p]) for p in positions),
+            rounds["cold"] / total,
+        )
+    if algorithm is None:
+        return Decoding(1.0, 1, 1.0)
+    verifies = counts[_VERIFIES, ""]
+    if not verifies or not draft_tokens:
+        return None
+    tpf = counts[_GENERATED, ""] / verifies
+    return Decoding(tpf, draft_tokens, tpf**2 / draft_tokens)

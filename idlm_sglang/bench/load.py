@@ -1,0 +1,107 @@
+"""One measurement: one arm, one load, timed by SGLang's own load generator."""
+
+import contextlib
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from idlm_sglang.bench import prompts
+from idlm_sglang.bench.decoding import Counts, decoding
+from idlm_sglang.bench.servers import BenchError, Served
+
+# Of the load generator's result: what says more than its arguments.
+_KEPT = ("duration", "completed", "total_input_tokens", "total_output_tokens", "total_output_tokens_retokenized", "output_throughput", "mean_itl_ms")
+_STEADY = 0.9  # share of the peak concurrency above which the load counts as steady
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured: an arm under ``concurrency`` clients at one temperature, for the ``repeat``-th time."""
+
+    arm: str
+    temperature: float
+    concurrency: int
+    repeat: int
+
+
+def measure(served: Served, point: Point, requests: list[prompts.Request], tokenizer: str, scratch: Path, log: Path) -> dict[str, Any]:
+    """The raw result of one point, ready for JSON.
+
+    ``tokenizer``: the checkpoint, for the load generator. ``log``: where its own words go.
+
+    Raises:
+        BenchError: an answer is an error, empty, or without its number of tokens.
+    """
+    file = scratch / "requests.jsonl"
+    before_load = os.getloadavg()[0]
+    # A load of its own, so that neither the warm-up's time nor its counts are in the point.
+    _drive(served, requests[: max(point.concurrency, 4)], point.concurrency, tokenizer, file, log)
+    before = Counts(served.metrics())
+    started = time.time()
+    result, outputs, rows, loaded = _drive(served, requests, point.concurrency, tokenizer, file, log)
+    counts = Counts(served.metrics()).since(before)
+    _check(served, point, requests, outputs, result)
+    info = served.get("/server_info")
+    stride = (info.get("internal_states") or [{}])[0].get("idlm", {}).get("stride")
+    found = decoding(counts, stride, info.get("speculative_algorithm"), info.get("speculative_num_draft_tokens"))
+    first = min(o.start_time for o in outputs)
+    return {
+        "started": round(started, 3),
+        "load_average": round(before_load, 2),
+        "serving": {key: result[key] for key in _KEPT},
+        "steady": _steady(outputs, loaded, rows),
+        "decoding": found.as_dict() if found else None,
+        "requests": {
+            "start": [round(o.start_time - first, 5) for o in outputs],
+            "latency": [round(o.latency, 5) for o in outputs],
+            "ttft": [round(o.ttft, 5) for o in outputs],
+            "prompt_tokens": [o.prompt_len for o in outputs],
+            "tokens": [o.output_len for o in outputs],
+            "answer": [hashlib.sha256(o.generated_text.encode()).hexdigest()[:8] for o in outputs],
+        },
+    }
+
+
+def _drive(served: Served, requests: list[prompts.Request], concurrency: int, tokenizer: str, file: Path, log: Path):
+    from idlm_sglang.compat.client import serve_load
+
+    prompts.write(requests, file)
+    name = served.get("/v1/models")["data"][0]["id"]
+    words = ["--backend", "sglang-oai-chat", "--base-url", served.url, "--model", tokenizer, "--tokenizer", tokenizer, "--served-model-name", name]
+    words += ["--dataset-name", "openai", "--dataset-path", str(file), "--num-prompts", str(len(requests)), "--max-concurrency", str(concurrency)]
+    words += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm", "--output-details", "--output-file", os.devnull]
+    with log.open("a") as told, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            return serve_load(words)
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                raise
+            raise BenchError(f"SGLang's load generator gave up on arm {served.arm.name} (exit code {end.code}); its words are in {log}") from None
+        except Exception as error:
+            raise BenchError(f"SGLang's load generator failed on arm {served.arm.name} ({type(error).__name__}: {error}); its words are in {log}") from error
+
+
+def _check(served: Served, point: Point, requests: list[prompts.Request], outputs: list, result: dict) -> None:
+    where = f"arm {served.arm.name} at concurrency {point.concurrency}, temperature {point.temperature:g}"
+    if len(outputs) != len(requests):
+        raise BenchError(f"{where}: {len(requests)} requests were asked and {len(outputs)} answered")
+    failed = [o for o in outputs if not o.success]
+    if failed:
+        reason = (failed[0].error.strip().splitlines() or ["no reason given"])[-1][:300]
+        raise BenchError(f"{where}: {len(failed)} of {len(outputs)} answers are errors, the first: {reason}")
+    # Text can be empty (an answer may end at once); a server that reports no usage would show the length asked for, everywhere.
+    lengths = [r.get("max_tokens") for r in requests]
+    told = [o.output_len for o in outputs]
+    if told == lengths and result["total_output_tokens_retokenized"] < 0.5 * sum(told):
+        raise BenchError(f"{where}: the server does not say how long its streamed answers are (usage)")
+
+
+def _steady(outputs: list, tokenizer: Any, rows: list) -> dict[str, float]:
+    """Throughput while the load was near its peak, without the first and the last requests' slack."""
+    from sglang.benchmark.steady_state import calculate_steady_state_metrics
+
+    found = calculate_steady_state_metrics(outputs, tokenizer, _STEADY, rows)
+    return {"seconds": round(found.duration, 4), "output_throughput": found.output_throughput, "concurrency": found.average_concurrency}
