@@ -27,23 +27,25 @@ class Point:
     repeat: int
 
 
-def measure(served: Served, point: Point, requests: list[prompts.Request], tokenizer: str, scratch: Path, log: Path) -> dict[str, Any]:
+def measure(served: Served, point: Point, requests: list[prompts.Request], tokenizer: str, warm: bool, scratch: Path, log: Path) -> dict[str, Any]:
     """The raw result of one point, ready for JSON.
 
-    ``tokenizer``: the checkpoint, for the load generator. ``log``: where its own words go.
+    ``tokenizer``: the checkpoint, for the load generator. ``warm``: this server has had this load before. ``log``: where the
+    load generator's own words go.
 
     Raises:
-        BenchError: an answer is an error, empty, or without its number of tokens.
+        BenchError: an answer is an error, or comes without its number of tokens.
     """
     file = scratch / "requests.jsonl"
     before_load = os.getloadavg()[0]
-    # A load of its own, so that neither the warm-up's time nor its counts are in the point.
-    _drive(served, requests[: max(point.concurrency, 4)], point.concurrency, tokenizer, file, log)
+    if not warm:
+        # A load of its own, so that neither the warm-up's time nor its counts are in the point.
+        _drive(served, point, requests[: max(point.concurrency, 4)], tokenizer, file, log)
     before = Counts(served.metrics())
     started = time.time()
-    result, outputs, rows, loaded = _drive(served, requests, point.concurrency, tokenizer, file, log)
+    result, outputs, rows, loaded = _drive(served, point, requests, tokenizer, file, log)
     counts = Counts(served.metrics()).since(before)
-    _check(served, point, requests, outputs, result)
+    _check_lengths(point, requests, outputs, result)
     info = served.get("/server_info")
     stride = (info.get("internal_states") or [{}])[0].get("idlm", {}).get("stride")
     found = decoding(counts, stride, info.get("speculative_algorithm"), info.get("speculative_num_draft_tokens"))
@@ -65,17 +67,17 @@ def measure(served: Served, point: Point, requests: list[prompts.Request], token
     }
 
 
-def _drive(served: Served, requests: list[prompts.Request], concurrency: int, tokenizer: str, file: Path, log: Path):
+def _drive(served: Served, point: Point, requests: list[prompts.Request], tokenizer: str, file: Path, log: Path):
     from idlm_sglang.compat.client import serve_load
 
     prompts.write(requests, file)
     name = served.get("/v1/models")["data"][0]["id"]
     words = ["--backend", "sglang-oai-chat", "--base-url", served.url, "--model", tokenizer, "--tokenizer", tokenizer, "--served-model-name", name]
-    words += ["--dataset-name", "openai", "--dataset-path", str(file), "--num-prompts", str(len(requests)), "--max-concurrency", str(concurrency)]
+    words += ["--dataset-name", "openai", "--dataset-path", str(file), "--num-prompts", str(len(requests)), "--max-concurrency", str(point.concurrency)]
     words += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm", "--output-details", "--output-file", os.devnull]
     with log.open("a") as told, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         try:
-            return serve_load(words)
+            return serve_load(words, lambda outputs: _check_answers(point, len(requests), outputs))
         except SystemExit as end:
             if isinstance(end.code, str):
                 raise
@@ -84,19 +86,24 @@ def _drive(served: Served, requests: list[prompts.Request], concurrency: int, to
             raise BenchError(f"SGLang's load generator failed on arm {served.arm.name} ({type(error).__name__}: {error}); its words are in {log}") from error
 
 
-def _check(served: Served, point: Point, requests: list[prompts.Request], outputs: list, result: dict) -> None:
-    where = f"arm {served.arm.name} at concurrency {point.concurrency}, temperature {point.temperature:g}"
-    if len(outputs) != len(requests):
-        raise BenchError(f"{where}: {len(requests)} requests were asked and {len(outputs)} answered")
+def _where(point: Point) -> str:
+    return f"arm {point.arm} at concurrency {point.concurrency}, temperature {point.temperature:g}"
+
+
+def _check_answers(point: Point, asked: int, outputs: list) -> None:
+    if len(outputs) != asked:
+        raise BenchError(f"{_where(point)}: {asked} requests were asked and {len(outputs)} answered")
     failed = [o for o in outputs if not o.success]
     if failed:
         reason = (failed[0].error.strip().splitlines() or ["no reason given"])[-1][:300]
-        raise BenchError(f"{where}: {len(failed)} of {len(outputs)} answers are errors, the first: {reason}")
-    # Text can be empty (an answer may end at once); a server that reports no usage would show the length asked for, everywhere.
-    lengths = [r.get("max_tokens") for r in requests]
+        raise BenchError(f"{_where(point)}: {len(failed)} of {len(outputs)} answers are errors, the first: {reason}")
+
+
+def _check_lengths(point: Point, requests: list[prompts.Request], outputs: list, result: dict) -> None:
+    # A server that reports no usage would show the length asked for, everywhere.
     told = [o.output_len for o in outputs]
-    if told == lengths and result["total_output_tokens_retokenized"] < 0.5 * sum(told):
-        raise BenchError(f"{where}: the server does not say how long its streamed answers are (usage)")
+    if told == [r.get("max_tokens") for r in requests] and result["total_output_tokens_retokenized"] < 0.5 * sum(told):
+        raise BenchError(f"{_where(point)}: the server does not say how long its streamed answers are (usage)")
 
 
 def _steady(outputs: list, tokenizer: Any, rows: list) -> dict[str, float]:

@@ -102,9 +102,9 @@ def _latency(cells: Sequence[Cell], colours: dict[str, str]):
             for c in (c for c in cells if (c.temperature, c.concurrency) == (temperature, concurrency)):
                 share = np.arange(1, len(c.requests) + 1) / len(c.requests)
                 axes.step(c.requests, share, where="post", color=colours[c.arm], label=c.arm)
-            axes.set_xscale("log")
+            axes.set_xlim(left=0)
             axes.set_ylim(0, 1)
-            axes.grid(alpha=0.3, which="both")
+            axes.grid(alpha=0.3)
             axes.set_xlabel("seconds to the end of the answer")
             axes.set_ylabel("share of answers")
             axes.set_title(f"T = {temperature:g}, {concurrency} concurrent", fontsize=10)

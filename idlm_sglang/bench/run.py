@@ -31,19 +31,23 @@ def run(options: Options) -> int:
         common = ("--max-running-requests", str(max(options.concurrencies)), "--enable-metrics", "--sleep-on-idle", *options.server_flags)
         with Servers(options.model, options.embedded, common, scratch, _logs(options.out), options.start_seconds) as servers:
             # Into a log file a line now and then is enough.
-            bar = tqdm(total=len(points), file=sys.stderr, unit="point", mininterval=0.1 if sys.stderr.isatty() else 30)
+            live = sys.stderr.isatty()
+            bar = tqdm(total=len(points), file=sys.stderr, unit="point", mininterval=0.1 if live else 30)
             served: dict[str, Served] = {}
             for arm in options.arms:
-                bar.set_postfix_str(f"starting {arm.name}")
+                bar.set_postfix_str(f"starting {arm.name}", refresh=live)
                 served[arm.name] = servers.start(arm)
             check_limits(list(served.values()), max(options.concurrencies))
             arms = {name: fingerprint.server(one) for name, one in served.items()}
             store.begin(_described(options), {"command": options.command, "machine": fingerprint.machine(), "arms": arms})
+            warm: set[tuple] = set()
             for point in points:
                 if point not in store.results:
-                    bar.set_postfix_str(f"{point.arm}, C = {point.concurrency}, T = {point.temperature:g}, repeat {point.repeat + 1}")
+                    bar.set_postfix_str(f"{point.arm}, C = {point.concurrency}, T = {point.temperature:g}, repeat {point.repeat + 1}", refresh=live)
                     wanted = _requests(options, source, point)
-                    store.add(point, measure(served[point.arm], point, wanted, options.tokenizer, scratch, options.out / "load.log"))
+                    load = (point.arm, point.temperature, point.concurrency)
+                    store.add(point, measure(served[point.arm], point, wanted, options.tokenizer, load in warm, scratch, options.out / "load.log"))
+                    warm.add(load)
                 bar.update()
             bar.close()
     print(write(options.out, store))

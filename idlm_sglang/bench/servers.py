@@ -14,6 +14,7 @@ import psutil
 import requests
 
 from idlm_sglang.bench.arms import URL, Arm, command
+from idlm_sglang.serving.server import end_with_parent
 
 _ORDERLY = 20.0  # seconds for an orderly stop before what is left is killed
 
@@ -91,7 +92,16 @@ class Servers(ExitStack):
         words, environ = command(arm, self._model, self._embedded, self._common, port, self._scratch)
         log = self._logs / f"{arm.name.replace('/', '_')}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, **environ}, start_new_session=True)
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **environ},
+                # Ctrl-C is for us; the servers are ended in order behind it.
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
         self.callback(_end, process)
         served = Served(arm, f"http://127.0.0.1:{port}", words, environ)
         deadline = time.monotonic() + self._start_seconds

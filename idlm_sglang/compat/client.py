@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from idlm_sglang.config import SettingError
@@ -10,8 +10,10 @@ from idlm_sglang.config import SettingError
 _PARAMETERS = ("input_requests", "outputs", "dur_s", "tokenizer", "backend", "accept_length", "plot_throughput")
 
 
-def serve_load(argv: Sequence[str]) -> tuple[dict[str, Any], list[Any], list[Any], Any]:
+def serve_load(argv: Sequence[str], look: Callable[[list[Any]], None]) -> tuple[dict[str, Any], list[Any], list[Any], Any]:
     """Run ``sglang.benchmark.serving`` with these words; its result, its outputs, its requests, its tokenizer.
+
+    ``look`` sees the outputs first, and may raise: the generator's own figures fail where no answer is a success.
 
     What: its ``calculate_metrics`` and ``run_benchmark`` are wrapped for the run, and ``sys.argv`` is set for its parser.
     Why: the result leaves out when each request began and ended, and the command returns nothing.
@@ -30,6 +32,7 @@ def serve_load(argv: Sequence[str]) -> tuple[dict[str, Any], list[Any], list[Any
     seen: dict[str, Any] = {}
 
     def recorded(input_requests, outputs, *rest, tokenizer=None, **named):
+        look(list(outputs))
         seen.update(requests=list(input_requests), outputs=list(outputs), tokenizer=tokenizer)
         return calculate(input_requests, outputs, *rest, tokenizer=tokenizer, **named)
 

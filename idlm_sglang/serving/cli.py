@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,7 +149,12 @@ def _bench(words: Sequence[str]) -> int:
         asked = options.resolve(own, words)
         from idlm_sglang.bench.run import run
 
+        # As an exception, so that the servers are ended.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         return run(asked)
+    except KeyboardInterrupt:
+        print(f"idlm: stopped; the same command with --out {asked.out} goes on from here", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as missing:
         print(f"idlm: bench needs {missing.name}, which is not installed; allowed: pip install 'idlm-sglang[bench]'", file=sys.stderr)
         return 1

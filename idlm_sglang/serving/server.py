@@ -21,7 +21,7 @@ _REFUSALS = (ValueError, AssertionError, OSError, ImportError, NotImplementedErr
 
 
 def main(argv: list[str]) -> None:
-    _end_with_parent()
+    end_with_parent()
     events = os.fdopen(int(argv[0]), "w")
     try:
         server_args = resolve(argv[1:])
@@ -138,8 +138,8 @@ def one_line(reason: BaseException) -> str:
     return f"idlm: {first}"
 
 
-def _end_with_parent() -> None:
-    """Get SIGTERM when the `idlm` process dies without saying so (Linux; elsewhere nothing)."""
+def end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies without saying so (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

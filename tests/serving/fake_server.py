@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.serving.test_summary import RESOLVED
 
-from idlm_sglang.serving.server import _end_with_parent
+from idlm_sglang.serving.server import end_with_parent
 
 
 class Health(http.server.BaseHTTPRequestHandler):
@@ -25,7 +25,7 @@ class Health(http.server.BaseHTTPRequestHandler):
 
 
 def main(events: int, argv: list[str]) -> None:
-    _end_with_parent()
+    end_with_parent()
     way = os.environ["FAKE_SERVER"]
     port = int(argv[argv.index("--port") + 1])
     # A worker that outlives its parent unless somebody ends it.

@@ -1,0 +1,89 @@
+"""The words of `idlm bench`: bad ones end in one line before anything starts, good ones make the plan."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from idlm_sglang.bench import prompts
+from idlm_sglang.bench.run import plan
+from idlm_sglang.serving import cli
+
+BAD = [
+    ["--arm", "ar"],
+    ["--arm", "ar", "--arm", "nothing"],
+    ["--concurrency", "0"],
+    ["--concurrency", "4", "4"],
+    ["--concurrency", "four"],
+    ["--temperature", "-1"],
+    ["--temperature", "hot"],
+    ["--repeats", "0"],
+    ["--max-tokens", "0"],
+    ["--sampling", "[1]"],
+    ["--sampling", '{"temperature": 1}'],
+    ["--sampling", '{"stream_options": {}}'],
+    ["--seed", "x"],
+    ["/no/such/checkpoint"],
+    ["--prompts", "/no/such/file"],
+    ["--arm", "a=http://h:1", "--arm", "b=http://h:2", "--server-flags", "--tp-size 2"],
+    ["--nonsense"],
+]
+
+
+@pytest.mark.parametrize("words", BAD, ids=" ".join)
+def test_bad_words_end_in_one_line(words, tmp_path, capsys):
+    try:
+        code = cli.main(["bench", *words, "--out", str(tmp_path / "out")])
+    except SystemExit as end:
+        code = end.code
+    told = capsys.readouterr().err
+    assert code == 2 and told.startswith("idlm: ") and told.count("\n") == 1, told
+    assert not (tmp_path / "out" / "raw.jsonl").exists()
+
+
+def options(*words):
+    from idlm_sglang.bench import options
+
+    return options.resolve(options.parser(cli._Parser).parse_args(words), words)
+
+
+def test_arms_take_turns_and_each_begins_as_often():
+    points = plan(options("--arm", "stock", "--arm", "isd:1", "--arm", "isd:4", "--repeats", "3"))
+    assert len(points) == len(set(points)) == 3 * 3 * 7 * 2
+    blocks = [points[i : i + 3] for i in range(0, len(points), 3)]
+    assert all(len({p.arm for p in block}) == 3 and len({(p.temperature, p.concurrency, p.repeat) for p in block}) == 1 for block in blocks)
+    assert set(Counter(block[0].arm for block in blocks).values()) == {14}
+
+
+def test_quick_has_fewer_points_and_what_is_said_wins():
+    assert options("--quick").concurrencies == (1, 8, 64) and options("--quick", "--concurrency", "2").concurrencies == (2,)
+    assert options().count(1) == 48 and options().count(64) == 384 and options("--quick").count(64) == 192
+
+
+def test_every_arm_gets_the_same_requests_and_every_repeat_others():
+    drawn = [prompts.draw(None, 20, repeat, 1, {"temperature": 1.0}) for repeat in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({r["seed"] for r in drawn[0]}) == 20 and all(r["stream_options"] == {"include_usage": True} for r in drawn[0])
+
+
+def test_prompts_of_a_file_are_read_and_their_own_fields_win(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "Hi", "max_tokens": 7}\n\n{"messages": [{"role": "user", "content": "Ho"}]}\n')
+    source = prompts.read(file)
+    drawn = prompts.draw(source, 8, 0, 1, {"max_tokens": 160, "temperature": 0.0})
+    assert {r["max_tokens"] for r in drawn if r["messages"][0]["content"] == "Hi"} == {7}
+    assert {r["max_tokens"] for r in drawn if r["messages"][0]["content"] == "Ho"} <= {160}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"text": "x"}', '{"messages": []}'])
+def test_a_file_without_requests_is_refused_in_one_line(tmp_path, text):
+    file = tmp_path / "p.jsonl"
+    file.write_text(text + "\n")
+    with pytest.raises(SystemExit, match="--prompts .*allowed: "):
+        prompts.read(file)
+
+
+def test_requests_are_written_as_the_load_generator_reads_them(tmp_path):
+    prompts.write(prompts.draw(None, 3, 0, 1, {"max_tokens": 9}), tmp_path / "r.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["max_tokens"] for row in rows] == [9] * 3 and all(row["messages"][-1]["role"] == "user" for row in rows)
