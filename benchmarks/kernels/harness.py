@@ -20,6 +20,7 @@ OPS = ("attention", "target", "noise", "verify", "propose", "step", "sampler", "
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 # Rows x vocabulary of one call, above which a case is not run on a CPU: one call would take seconds.
 CPU_CELLS = 10_000_000
+# Calls slower than this are timed in three rounds, references of that kind in one.
 SLOW_SECONDS = 0.5
 
 OURS, REFERENCE, LIBRARY, FLOOR = "ours", "reference", "library", "floor"
@@ -42,6 +43,7 @@ class Arm:
         needs_gpu: attempted on a GPU only.
         note: what a reader must know to compare.
         absent: why the arm cannot run at this size; empty where it can.
+        timed: False for a reference that is there to check against only.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Arm:
     needs_gpu: bool = False
     note: str = ""
     absent: str = ""
+    timed: bool = True
 
 
 @dataclass
@@ -148,19 +151,24 @@ def measure(op: str, case: Case, options: Options) -> list[Row]:
             row.note = f"not run: {case.cells} cells, limit {limit} on a CPU (--cells)"
         return rows
     expected = next(arm for arm in case.arms if arm.kind == REFERENCE).run()
-    live, slowest = [], 0.0
+    live: list[tuple[Row, Timer, int]] = []
     for row in rows:
+        if not row.arm.timed:
+            row.note = "not timed"
+            continue
         try:
             reason, seconds = admitted(row.arm, expected, options)
         except WrongOp as error:
             raise WrongOp(f"{op}, {case.variant}, {spell(case.dims)}: {error}") from error
         row.note = reason or row.note
         if not reason:
-            live.append((row, Timer("run()", globals={"run": row.arm.run}, num_threads=options.threads, **clock_of(options))))
-            slowest = max(slowest, seconds)
-    for _ in range(min(options.rounds, 3) if slowest > SLOW_SECONDS else options.rounds):
-        for row, timer in live:
-            row.times += timer.blocked_autorange(min_run_time=options.seconds).times
+            timer = Timer("run()", globals={"run": row.arm.run}, num_threads=options.threads, **clock_of(options))
+            rounds = options.rounds if seconds < SLOW_SECONDS else 1 if row.arm.kind == REFERENCE else min(options.rounds, 3)
+            live.append((row, timer, rounds))
+    for round_ in range(options.rounds):
+        for row, timer, rounds in live:
+            if round_ < rounds:
+                row.times += timer.blocked_autorange(min_run_time=options.seconds).times
     return rows
 
 
@@ -204,7 +212,7 @@ def write_csv(path: Path, measured: list[list[Row]], lines: dict[str, str]) -> N
 
 def print_markdown(op: str, measured: list[list[Row]]) -> None:
     """One table per op: median microseconds of ours, the other arms as multiples of it."""
-    names = list(dict.fromkeys(row.arm.name for rows in measured for row in rows if row.arm.kind != OURS))
+    names = list(dict.fromkeys(row.arm.name for rows in measured for row in rows if row.arm.kind != OURS and row.arm.timed))
     dims = list(measured[0][0].case.dims)
     head = ["variant", *dims, "ours, µs", *names]
     print(f"\n### {op}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
@@ -263,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         measured = []
         for rows in run_op(op, options):
             measured.append(rows)
-            print(f"{op}: {len(measured)} cases", end="\r", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"{op}: {len(measured)} cases", end="\r", file=sys.stderr, flush=True)
         if not measured:
             print(f"\n### {op}\n\nnot run: nothing of ours to measure on {args.device}")
             continue
