@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few small sizes; leaves the CSV alone unless --out is given")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; on one, CPU time is measured (default 1)")
+    parser.add_argument("--seconds", type=float, help="least time per arm and round (default 0.04, quick 0.005)")
     parser.add_argument("--cells", type=int, help=f"largest rows x vocabulary of one call on a CPU (default {CPU_CELLS})")
     parser.add_argument("--out", type=Path, help="folder of the CSVs (default benchmarks/results/kernels)")
     args = parser.parse_args(argv)
@@ -258,10 +259,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no op {unknown[0]!r}; allowed: {', '.join(OPS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no GPU; allowed: cpu")
+    if args.seconds is not None and not 0 <= args.seconds <= 60:
+        parser.error(f"--seconds {args.seconds}; allowed: 0 to 60")
     if args.threads < 1:
         parser.error(f"--threads {args.threads}; allowed: an integer >= 1")
-    quick = dict(seconds=0.005, rounds=3) if args.quick else {}
-    options = Options(args.device, args.quick, args.threads, args.cells, **quick)
+    pace = dict(seconds=0.005, rounds=3) if args.quick else {}
+    if args.seconds is not None:
+        pace["seconds"] = args.seconds
+    options = Options(args.device, args.quick, args.threads, args.cells, **pace)
     torch.set_num_threads(args.threads)
     words = sys.argv[1:] if argv is None else argv
     lines = fingerprint(args.device, args.threads, shlex.join(["python", "-m", "benchmarks.kernels", *words]))

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.kernels.harness import LIBRARY, OURS, REFERENCE, Arm, Case, Options
 from benchmarks.kernels.inputs import BATCHES, QWEN3_VOCAB, SAMPLING, Size, embedded_vocab, peaked_logits, sampling_rows
-from benchmarks.kernels.target import by_row
+from benchmarks.kernels.target import by_row, same_distribution
 from idlm_sglang.isd import noise
 
 VARIANTS = ("temperature", "min-p", "paper")
@@ -60,6 +60,8 @@ def case(size: Size, variant: str, options: Options) -> Case:
         return torch.stack([row.argmax() for row in noisy])
 
     def check(got: torch.Tensor, want: torch.Tensor) -> None:
+        # One token per row says little about the tail of a peaked distribution.
+        same_distribution(made._target(logits, info, rows.seed), by_row(logits[:, None], rows)[:, 0])
         assert int((got != want).sum()) <= len(want) // 64, f"{int((got != want).sum())} of {len(want)} tokens differ"
 
     def by_sglang(seed: torch.Tensor | None) -> torch.Tensor:
