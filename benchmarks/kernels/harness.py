@@ -229,19 +229,28 @@ def print_markdown(op: str, measured: list[list[Row]]) -> None:
 
 
 def faster_alternatives(measured: list[list[Row]]) -> list[str]:
-    """Where an alternative's upper quartile lies below our lower one."""
-    found = []
+    """Alternatives whose upper quartile lies below our lower one: one line per variant and arm, with the range over the sizes."""
+    tried: dict[tuple, int] = {}
+    faster: dict[tuple, list[tuple[float, Row, Row]]] = {}
     for rows in measured:
         ours = ours_of(rows)
         for row in rows:
-            if ours.times and row.times and row.arm.kind in (LIBRARY, REFERENCE) and row.quartiles[2] < ours.quartiles[0]:
-                ratio = ours.quartiles[1] / row.quartiles[1]
-                note = f"; {row.note}" if row.note else ""
-                found.append(
-                    f"- {row.op}, {row.case.variant}, {spell(row.case.dims)}: {row.arm.name} {row.quartiles[1]:.0f} µs, "
-                    f"ours {ours.quartiles[1]:.0f} µs ({ratio:.2f} times as long){note}"
-                )
-    return found
+            if not (ours.times and row.times and row.arm.kind in (LIBRARY, REFERENCE)):
+                continue
+            key = (row.op, row.case.variant, row.arm.name)
+            tried[key] = tried.get(key, 0) + 1
+            if row.quartiles[2] < ours.quartiles[0]:
+                faster.setdefault(key, []).append((ours.quartiles[1] / row.quartiles[1], row, ours))
+    lines = []
+    for (op, variant, arm), found in faster.items():
+        found.sort(key=lambda entry: entry[0])
+        (least, *_), (most, row, ours) = found[0], found[-1]
+        note = f" ({row.note})" if row.note else ""
+        lines.append(
+            f"- {op}, {variant}: {arm}{note} is faster at {len(found)} of {tried[op, variant, arm]} sizes, {least:.2f} to {most:.2f} times; "
+            f"most at {spell(row.case.dims)}: {row.quartiles[1]:.0f} µs, ours {ours.quartiles[1]:.0f} µs"
+        )
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
