@@ -1,0 +1,73 @@
+"""What a step reads and writes besides logits: its rows (`isd.layout`), and the drafts kept per slot (`engine.state.SlotState`).
+
+No library has these; the reference is a loop over the requests. "load and store, q" keeps the drafts' distributions too, as the rejection
+rule needs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.kernels.harness import OURS, REFERENCE, Arm, Case, Options, assert_equal
+from benchmarks.kernels.inputs import MASK, Size, sizes
+from idlm_sglang.isd import step_positions, step_tokens
+from idlm_sglang.isd.propose import Proposal
+
+
+def layout_case(size: Size, options: Options) -> Case:
+    device, k, width = options.device, size.k, size.width
+    pending = torch.randint(4, size.vocab, (size.batch,), device=device)
+    drafts = torch.randint(4, size.vocab, (size.batch, k), device=device)
+    counts = torch.arange(size.batch, device=device) % (k + 1)
+    seq_lens = torch.arange(size.batch, device=device) * 37 + 100
+
+    def in_loops() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, positions = [], []
+        for p, row, count, length in zip(pending.tolist(), drafts.tolist(), counts.tolist(), seq_lens.tolist()):
+            tokens.append(([p, *row[:count]] + [MASK] * width)[:width])
+            positions.append(list(range(length, length + width)))
+        return torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
+
+    arms = [
+        Arm("ours", OURS, lambda: (step_tokens(pending, drafts, counts, MASK), step_positions(seq_lens, width))),
+        Arm("loop over requests", REFERENCE, in_loops),
+    ]
+    return Case("layout", size.dims(), arms)
+
+
+def slots_case(size: Size, with_q: bool, options: Options) -> Case:
+    from idlm_sglang.engine.state import SlotState
+
+    device, k, batch = options.device, size.k, size.batch
+    slots = torch.randperm(batch, device=device) + 1
+    numbers, limits = torch.arange(batch, device=device) + 7, torch.full((batch,), k, device=device)
+    seq_lens = torch.arange(batch, device=device) * 37 + 100
+    counts = torch.arange(batch, device=device) % (k + 1)
+    drafts, log_q = torch.randint(4, size.vocab, (batch, k), device=device), torch.randn(batch, k, device=device)
+    q = torch.rand(batch, k, size.vocab, device=device) if with_q else None
+    proposal = Proposal(drafts, counts, log_q, q)
+    state = SlotState(batch + 1, k, size.vocab, with_q, device)
+    kept: dict[int, tuple] = {}
+
+    def ours():
+        state.store(slots, numbers, seq_lens, proposal)
+        found = state.load(slots, numbers, seq_lens, limits, k, with_q)
+        return (found.drafts, found.counts, found.log_q) + ((found.q,) if with_q else ())
+
+    def in_loops():
+        for b, slot in enumerate(slots.tolist()):
+            kept[slot] = (int(numbers[b]), int(seq_lens[b]), int(counts[b]), drafts[b].clone(), log_q[b].clone(), q[b].clone() if with_q else None)
+        rows = [kept[slot] for slot in slots.tolist()]
+        found = [r[2] if (r[0], r[1]) == (int(numbers[b]), int(seq_lens[b])) else 0 for b, r in enumerate(rows)]
+        out = (torch.stack([r[3] for r in rows]), torch.tensor(found, device=device), torch.stack([r[4] for r in rows]))
+        return out + ((torch.stack([r[5] for r in rows]),) if with_q else ())
+
+    arms = [Arm("ours", OURS, ours), Arm("loop over requests", REFERENCE, in_loops)]
+    return Case("load and store, q" if with_q else "load and store", size.dims(), arms, batch * k * size.vocab if with_q else 0)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for size in sizes(options):
+        yield layout_case(size, options)
+        yield slots_case(size, False, options)
+        yield slots_case(size, True, options)
