@@ -17,14 +17,14 @@ MOST_RUNS = 12
 def main() -> int:
     try:
         options = parse(sys.argv[1:])
+        if not options.render:
+            measure(options)
+        found = store.read(options.out)
     except SettingError as refused:
         print(str(refused.code).replace("idlm: ", "step_time: ", 1), file=sys.stderr)
         return 1
-    if not options.render:
-        measure(options)
     from benchmarks.step_time import plot, report
 
-    found = store.read(options.out)
     text = report.table(found)
     (options.out / "table.md").write_text(text)
     plot.draw(found, options.out / "plot.png")

@@ -88,20 +88,28 @@ def _wrap(owner, name: str, recorder: Recorder, part: str) -> None:
 
 def install(config: dict) -> None:
     """The factory that ``--forward-hooks`` names; ``config["path"]`` is the file of records. Registers no module hook."""
-    from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-    from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.managers.tp_worker import TpModelWorker
-    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.runtime_context import get_parallel
-
-    from idlm_sglang.engine.worker import IsdWorker
-    from idlm_sglang.model import IDLMForCausalLM, MaskFreeLogitsProcessor
 
     if get_parallel().tp_rank != 0:
         return
     recorder = Recorder(config["path"])
-    for owner, name, part in (
+    scheduler, runner, target, isd = engine()
+    for owner, name, part in functions():
+        _wrap(owner, name, recorder, part)
+    _wrap_steps(scheduler, recorder)
+    _wrap_workers(target, isd, recorder)
+    _wrap_forward(runner, recorder)
+
+
+def functions() -> tuple[tuple[type, str, str], ...]:
+    """(class, method, part): what is one part from call to return, but for what it calls of the others."""
+    from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from idlm_sglang.model import IDLMForCausalLM, MaskFreeLogitsProcessor
+
+    return (
         (RadixAttention, "forward", ATTENTION),
         (ColumnParallelLinear, "forward", GEMM),
         (RowParallelLinear, "forward", GEMM),
@@ -109,11 +117,18 @@ def install(config: dict) -> None:
         (MaskFreeLogitsProcessor, "_get_logits", LM_HEAD),
         (IDLMForCausalLM, "forward", MODEL),
         (ModelRunner, "sample", VERIFY),
-    ):
-        _wrap(owner, name, recorder, part)
-    _wrap_steps(Scheduler, recorder)
-    _wrap_workers(TpModelWorker, IsdWorker, recorder)
-    _wrap_forward(ModelRunner, recorder)
+    )
+
+
+def engine() -> tuple[type, type, type, type]:
+    """Scheduler, model runner, target worker and ISD worker."""
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from idlm_sglang.engine.worker import IsdWorker
+
+    return Scheduler, ModelRunner, TpModelWorker, IsdWorker
 
 
 def _wrap_steps(scheduler, recorder: Recorder) -> None:
