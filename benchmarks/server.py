@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import requests
 
@@ -14,14 +15,16 @@ START_SECONDS = 240
 
 
 @contextmanager
-def running(flags: list[str], env: dict[str, str] | None = None) -> Iterator[str]:
-    """The URL of a server that answers, with ``flags`` for `idlm serve` and ``env`` on top of the environment."""
+def running(flags: list[str], env: dict[str, str] | None = None, log: Path | None = None, radix: bool = False) -> Iterator[str]:
+    """The URL of a server that answers, with ``flags`` for `idlm serve` and ``env`` on top of the environment; its log
+    goes to ``log``, and it caches prefixes if ``radix``."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), "--disable-radix-cache", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+    command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), *([] if radix else ["--disable-radix-cache"]), *flags]
+    with open(log or os.devnull, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(env or {})})
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -31,8 +34,15 @@ def running(flags: list[str], env: dict[str, str] | None = None) -> Iterator[str
             except requests.RequestException:
                 time.sleep(0.5)
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start: {' '.join(command)}")
+                raise SystemExit(f"the server did not start: {' '.join(command)}" + (f"\n{_last_words(log)}" if log else ""))
         yield url
     finally:
         process.terminate()
         process.wait()
+
+
+def _last_words(log: Path) -> str:
+    """What a server that ended said about itself, else the end of its log."""
+    lines = log.read_text(errors="replace").splitlines()
+    own = [line for line in lines if line.startswith("idlm: ")]
+    return own[-1] if own else "\n".join(lines[-5:])

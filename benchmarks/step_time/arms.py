@@ -1,0 +1,158 @@
+"""The servers to be measured, and the fixed batches they are given."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+from benchmarks.server import running
+from benchmarks.step_time import dummy
+from benchmarks.step_time.options import DEMO, DUMMY, Options
+from benchmarks.step_time.ranges import HOOK
+from benchmarks.step_time.records import Records, Step
+from idlm_sglang.config import SettingError
+from idlm_sglang.demo import CHECKPOINT_DIR
+from idlm_sglang.demo.corpus import held_out_dialogues
+from idlm_sglang.platform import accelerator_available
+
+AR, ISD = "ar", "isd"
+REPOSITORY = Path(__file__).resolve().parents[2]
+REQUEST_SECONDS = 1800
+PROFILED_STEPS = 16
+
+
+class Arm:
+    """A running server and its records."""
+
+    def __init__(self, url: str, folder: Path, options: Options):
+        self.url, self.folder, self.options = url, folder, options
+        self.records = Records(folder / "records.csv")
+        self._stride: int | None = None
+
+    def use(self, stride: int | None) -> None:
+        """Serve at this stride from now on; None leaves an AR server as it is."""
+        if stride in (None, self._stride):
+            return
+        done = self._post("/set_internal_state", {"server_args": {"idlm_stride": stride}})
+        if not done.json()[0].get("updated", False) if isinstance(done.json()[0], dict) else not done.json()[0]:
+            raise SystemExit(f"step_time: the server refused stride {stride}: {done.text}")
+        self._stride = stride
+
+    def decode(self, prompts: list[list[int]], tokens: int) -> list[Step]:
+        """One full batch, ``tokens`` each whatever the model says; the server's steps meanwhile."""
+        self.records.new()
+        self._generate(prompts, tokens)
+        # The last step's line follows when the next one begins, or never: it is not needed.
+        return self.records.new()
+
+    def profile(self, prompts: list[list[int]], tokens: int, name: str) -> Path:
+        """The trace of some steady steps of a full batch, taken through SGLang's /start_profile."""
+        self.records.new()
+        load = threading.Thread(target=self._generate, args=(prompts, tokens), daemon=True)
+        load.start()
+        full = 0
+        while full < 3 and load.is_alive():
+            time.sleep(0.002)
+            full += sum(step.decode and step.requests == len(prompts) for step in self.records.new())
+        activities = ["CPU", "GPU"] if accelerator_available() else ["CPU"]
+        body = {"output_dir": str(self.folder), "profile_id": name, "num_steps": PROFILED_STEPS, "activities": activities, "with_stack": False}
+        self._post("/start_profile", body)
+        load.join()
+        traces = list(self.folder.glob(f"{name}*.trace.json.gz"))
+        if len(traces) != 1:
+            raise SystemExit(f"step_time: the server left {len(traces)} traces of {name}; the batch ended before {PROFILED_STEPS} steps: raise --tokens {self.options.tokens}")
+        return traces[0]
+
+    def rounds(self, texts: list[str]) -> tuple[int, int]:
+        """(tokens, per-request decode forwards) that answers to these prompts took, from the server's own counters."""
+        before = self._counters()
+        for start in range(0, len(texts), 8):
+            self._post("/generate", {"text": texts[start : start + 8], "sampling_params": {"max_new_tokens": 160, **self.options.sampling}})
+        after = self._counters()
+        return after[0] - before[0], after[1] - before[1]
+
+    def _counters(self) -> tuple[int, int]:
+        state = requests.get(self.url + "/server_info", timeout=60).json()["internal_states"][0]["idlm"]
+        return state["tokens_committed"], sum(state["rounds"].values())
+
+    def _generate(self, prompts: list[list[int]], tokens: int) -> None:
+        params = {**self.options.sampling, "max_new_tokens": tokens, "ignore_eos": True}
+        self._post("/generate", {"input_ids": prompts, "sampling_params": params})
+
+    def _post(self, path: str, body: dict) -> requests.Response:
+        reply = requests.post(self.url + path, json=body, timeout=REQUEST_SECONDS)
+        if not reply.ok:
+            raise SystemExit(f"step_time: {path} answered HTTP {reply.status_code}: {reply.text[:300]}")
+        return reply
+
+
+@contextmanager
+def arm(kind: str, options: Options, folder: Path) -> Iterator[Arm]:
+    """A server of this kind, warmed up."""
+    folder = folder / kind
+    folder.mkdir(parents=True)
+    hook = {"name": "step_time", "target_modules": ["*"], "hook_factory": HOOK, "config": {"path": str(folder / "records.csv")}}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    with running(flags(kind, options, folder) + ["--forward-hooks", json.dumps([hook])], env={"PYTHONPATH": path}, log=folder / "server.log", radix=True) as url:
+        found = Arm(url, folder, options)
+        for batch in (1, min(8, max(options.batches))):
+            found.decode(prompts(options, batch, min(options.contexts)), 16)
+        if not found.records.path.exists():
+            raise SettingError("the server recorded no steps; allowed: a checkpoint whose class is IDLMForCausalLM, one scheduler")
+        yield found
+
+
+def flags(kind: str, options: Options, folder: Path) -> list[str]:
+    """What `idlm serve` is given. Both kinds get the same room."""
+    model = [] if options.model == DEMO else [str(options.model)]
+    if options.model == DUMMY:
+        model = [str(dummy.write(folder / "model", options.dims)), *dummy.FLAGS]
+    room = ["--max-running-requests", str(max(options.batches))]
+    if not accelerator_available():
+        columns = max(options.contexts) + options.longest + 4 * (2 * max(options.strides) - 1)
+        # Twice: finished requests stay in the prefix cache, so that later runs need no prefill.
+        room += ["--max-total-tokens", str(2 * max(options.batches) * columns)]
+    own = ["--ar"] if kind == AR else ["--stride", str(options.strides[0]), "--max-stride", str(max(options.strides)), "--selfcheck", "0"]
+    return [*model, *own, *room, *options.server_flags]
+
+
+def prompts(options: Options, batch: int, context: int) -> list[list[int]]:
+    """``batch`` different prompts, half of a run's tokens short of the context."""
+    length = context - options.tokens // 2
+    if options.model != DEMO:
+        directory_vocab = dummy.DIMENSIONS["vocab_size"] if options.model == DUMMY else _vocab(Path(options.model))
+        vocab = options.dims.get("vocab_size", directory_vocab)
+        return [[random.Random(row * 4096 + i).randrange(vocab - 1) for i in range(length)] for row in range(batch)]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT_DIR / "tokenizer.json"))
+    found = []
+    for row in range(batch):
+        ids: list[int] = []
+        for dialogue in held_out_dialogues(1000 + row, 400):
+            for question, answer in dialogue.turns:
+                ids += tokenizer.encode(chat(question) + answer + "<|im_end|>\n").ids
+            if len(ids) >= length:
+                break
+        found.append(ids[-length:])
+    return found
+
+
+def _vocab(directory: Path) -> int:
+    return json.loads((directory / "config.json").read_text())["vocab_size"]
+
+
+def chat(question: str) -> str:
+    """A single-turn prompt in the embedded checkpoint's ChatML."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def tpf_prompts(count: int) -> list[str]:
+    """Questions kept out of the embedded checkpoint's training, in its chat template."""
+    return [chat(dialogue.turns[0][0]) for dialogue in held_out_dialogues(7, count)]
