@@ -62,7 +62,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,eval}")
 
     serve = commands.add_parser(
         "serve",
@@ -97,6 +97,8 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     replay.add_argument("--url", default="http://127.0.0.1:30000", help="the server to ask (default http://127.0.0.1:30000)")
     replay.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
     replay.add_argument("--clients", metavar="N", default="4", help="requests at a time (default 4)")
+    # Its flags are `quality.options`'s, which parses them itself.
+    commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
     return top, serve
 
 
@@ -108,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Parsed on its own: SGLang's flags and their values are words that no parser here knows.
         own, rest = serve.parse_known_args(words[1:])
         return _serve(own, rest)
+    if words[:1] == ["eval"]:
+        from idlm_sglang.quality.run import main as evaluate
+
+        return evaluate(words[1:], _Parser)
     own = top.parse_args(words)
     if own.version:
         from idlm_sglang.serving.summary import versions
