@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import logging
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 DEMO_TASKS = ("idlm_demo_sums", "idlm_demo_words", "idlm_demo_facts")
+_SEED = 0  # of what lm-eval draws: examples and the order of options
 _ANY = ""  # the first metric of a task
 UNAVAILABLE = "unavailable in lm-eval"
 
@@ -103,17 +105,20 @@ class Harness:
             raise NotRun(f"data not at hand: {what}")
         spec: Any = benchmark.task
         if benchmark.settings:
-            kind = "group" if entry.kind.name == "GROUP" else "task"
-            spec = {"group": "paper", "task": [{kind: benchmark.task, **benchmark.settings}]}
+            spec = {"group": "paper", "task": [{"task": leaf, **benchmark.settings} for leaf in self.leaves(benchmark.task)]}
         try:
+            # Some tasks shuffle their options while they load.
+            random.seed(_SEED)
             with _inside(self._plan.data):
                 tasks = list(self._manager.load([spec])["tasks"].values())
         except ModuleNotFoundError as error:
             raise NotRun(f"needs a package: {_line(error)}; pip install 'idlm-sglang[eval]'") from None
         except Exception as error:
             # Data sets fail in as many ways as there are libraries behind them; the reason is printed.
-            raise NotRun(f"data not at hand: {_line(error)}") from None
+            raise NotRun(f"data not at hand: {_line(error)}") from error
         for task in tasks:
+            if task.config.num_fewshot is None:
+                task.set_config("num_fewshot", 0)
             if task.OUTPUT_TYPE != "generate_until":
                 raise NotRun(f"{task.config.task} needs log-likelihoods, which chat endpoints do not give")
             if task.config.gen_prefix and self._plan.thinking == "on":
@@ -127,7 +132,7 @@ class Harness:
             EndpointError: the endpoint failed.
             NotRun: lm-eval could not build the prompts or score the answers.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
 
         from idlm_sglang.quality.endpoint import EndpointError
 
@@ -135,16 +140,16 @@ class Harness:
         for model.round in range(self._plan.repeats):
             try:
                 with _inside(self._plan.data), _quiet(self._plan.verbose):
-                    results = simple_evaluate(
-                        model=model,
-                        tasks=tasks,
+                    for task in tasks:
+                        task.set_fewshot_seed(_SEED)
+                    results = evaluate(
+                        model,
+                        {"tasks": {task.task_name: task for task in tasks}},
                         limit=self._plan.limit,
                         bootstrap_iters=0,
                         apply_chat_template=True,
                         fewshot_as_multiturn=True,
-                        task_manager=self._manager,
                         confirm_run_unsafe_code=self._plan.unsafe_code,
-                        log_samples=True,
                     )
             except EndpointError:
                 raise
@@ -153,11 +158,30 @@ class Harness:
             found = _collect(results, benchmark.metric, found)
         return found
 
+    def leaves(self, name: str) -> list[str]:
+        """The tasks of a group, by their files: lm-eval gives changed settings on to the tasks of a group by name only."""
+        entry = self._manager.task_index[name]
+        if entry.tags and entry.kind.name == "TAG":
+            return sorted(entry.tags)
+        return self._members(_file(entry)["task"]) if entry.kind.name == "GROUP" else [name]
+
+    def _members(self, items: list) -> list[str]:
+        found = []
+        for item in items:
+            inner = item.get("task", item.get("group")) if isinstance(item, dict) else item
+            found += self._members(inner) if isinstance(inner, list) else self.leaves(inner)
+        return found
+
     @staticmethod
     def _runs_code(entry) -> bool:
-        from lm_eval.tasks._yaml_loader import load_yaml
+        return bool(_file(entry).get("unsafe_code"))
 
-        return bool(entry.yaml_path and load_yaml(entry.yaml_path, resolve_func=False, recursive=True).get("unsafe_code"))
+
+def _file(entry) -> dict[str, Any]:
+    """A task's file with what it includes; functions that it names are not imported."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(entry.yaml_path, resolve_func=False, recursive=True) if entry.yaml_path else entry.cfg or {}
 
 
 def _collect(results: dict[str, Any], metric: str, found: Scored | None) -> Scored:
