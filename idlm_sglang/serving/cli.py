@@ -63,7 +63,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,bench}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,bench,eval}")
 
     serve = commands.add_parser(
         "serve",
@@ -98,8 +98,9 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     replay.add_argument("--url", default="http://127.0.0.1:30000", help="the server to ask (default http://127.0.0.1:30000)")
     replay.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
     replay.add_argument("--clients", metavar="N", default="4", help="requests at a time (default 4)")
-    # Listed for the help alone: what follows is read by the command's own module.
+    # Listed for the help alone: what follows is read by the commands' own modules.
     commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
+    commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
     return top, serve
 
 
@@ -113,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(own, rest)
     if words[:1] == ["bench"]:
         return _bench(words[1:])
+    if words[:1] == ["eval"]:
+        from idlm_sglang.quality.run import main as evaluate
+
+        return evaluate(words[1:], _Parser)
     own = top.parse_args(words)
     if own.version:
         from idlm_sglang.serving.summary import versions
