@@ -20,6 +20,10 @@ DEFAULT_CHUNKED_PREFILL_SIZE = 1_024
 # process starts.
 OPENMP_SPIN_COUNT = "1000"
 
+# With "1" the overlap schedule stays on. On a CPU the forward itself takes the cores that scheduling would overlap with,
+# each answer costs one step too many, and its tokens leave one step late.
+OVERLAP_VARIABLE = "IDLM_CPU_OVERLAP"
+
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
@@ -46,6 +50,8 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.sampling_backend = "pytorch"
         # An idle scheduler otherwise polls without a pause, and takes a core from everything else on the machine.
         server_args.sleep_on_idle = True
+        if not _switch(OVERLAP_VARIABLE):
+            server_args.disable_overlap_schedule = True
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
         for field, default in (
@@ -74,9 +80,23 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Called once in every worker process, before the model runner exists."""
-        from idlm_sglang.platform import attention
+        from idlm_sglang.platform import attention, memory
 
         attention.register()
+        memory.keep_freed_memory()
+
+    def post_load_model(self, model) -> None:
+        """Called once per worker process, behind the loading of the weights."""
+        from idlm_sglang.platform.linear import pack_weights
+
+        pack_weights(model)
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise SettingError(f"{name}={value!r} is not valid; allowed: 0, 1")
+    return value == "1"
 
 
 def _check_attention_backend(field: str, value: str | None) -> None:

@@ -12,7 +12,7 @@ from idlm_sglang.platform.cpu import IdlmCpuPlatform
 @pytest.fixture(autouse=True)
 def openmp_left_open(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that monkeypatch restores what the platform sets
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "TRITON_INTERPRET"):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "TRITON_INTERPRET", cpu.OVERLAP_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -28,6 +28,7 @@ def _applied(**given):
             "max_total_tokens": None,
             "max_running_requests": None,
             "chunked_prefill_size": None,
+            "disable_overlap_schedule": False,
         }
         | given
     )
@@ -58,6 +59,15 @@ def test_openmp_threads_spin_briefly_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     _applied()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_scheduling_does_not_overlap_unless_told_otherwise(monkeypatch):
+    assert _applied().disable_overlap_schedule
+    monkeypatch.setenv(cpu.OVERLAP_VARIABLE, "1")
+    assert not _applied().disable_overlap_schedule and _applied(disable_overlap_schedule=True).disable_overlap_schedule
+    monkeypatch.setenv(cpu.OVERLAP_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="IDLM_CPU_OVERLAP='yes' is not valid; allowed: 0, 1"):
+        _applied()
 
 
 def test_another_device_is_refused():

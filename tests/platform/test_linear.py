@@ -1,0 +1,62 @@
+"""Packed weights give the plain product, and never outlive the weight they were made from."""
+
+import pytest
+import torch
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+from torch import nn
+
+from idlm_sglang.platform import linear
+
+
+class Layer(nn.Module):
+    def __init__(self, method, inputs, outputs, dtype=torch.float32):
+        super().__init__()
+        self.quant_method = method
+        self.weight = nn.Parameter(torch.randn(outputs, inputs).to(dtype), requires_grad=False)
+
+
+class Model(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.embed = self.lm_head = Layer(UnquantizedEmbeddingMethod(), 48, 90, dtype)
+        self.proj = Layer(UnquantizedLinearMethod(), 48, 33, dtype)
+        self.input_only = Layer(UnquantizedEmbeddingMethod(), 48, 90, dtype)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    found = Model()
+    assert linear.pack_weights(found) == (90 + 33) * 48 * 4
+    return found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_the_product_is_the_plain_one(model, rows):
+    x, bias = torch.randn(rows, 48), torch.randn(33)
+    for layer, b in ((model.proj, bias), (model.proj, None), (model.lm_head, None)):
+        exact = (x.double() @ layer.weight.double().T + (0 if b is None else b)).float()
+        torch.testing.assert_close(layer.quant_method.apply(layer, x, b), exact, atol=3e-5, rtol=1e-5)
+    tokens = torch.tensor([3, 89])
+    assert torch.equal(model.lm_head.quant_method.embedding(model.lm_head, tokens), model.lm_head.weight[tokens])
+
+
+@torch.inference_mode()
+def test_new_weights_are_used_during_and_after_an_update(model):
+    layer, x = model.proj, torch.randn(5, 48)
+    # The order in which SGLang's loaders call.
+    layer.quant_method.restore_weights_before_loading(layer)
+    layer.weight.data.copy_(torch.randn(33, 48))
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ layer.weight.T)
+    layer.quant_method.process_weights_after_loading(layer)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ layer.weight.T)
+
+
+def test_what_is_not_plain_float32_or_too_large_keeps_its_method(model, monkeypatch):
+    assert type(model.input_only.quant_method) is UnquantizedEmbeddingMethod
+    half = Model(torch.bfloat16)
+    assert linear.pack_weights(half) == 0 and type(half.proj.quant_method) is UnquantizedLinearMethod
+    large = Model()
+    monkeypatch.setattr(linear, "PACKED_BYTES", 1000)
+    assert linear.pack_weights(large) == 0 and type(large.proj.quant_method) is UnquantizedLinearMethod
