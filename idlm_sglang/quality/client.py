@@ -60,7 +60,7 @@ class ChatModel(LM):
         self._endpoint, self._model, self._plan = endpoint, model, plan
         self._lock = threading.Lock()
         self._known = _read(log) if log and plan.resume else {}
-        self._log = log.open("a" if plan.resume else "w") if log else None
+        self._log = log.open("a" if plan.resume else "w", encoding="utf-8") if log else None
 
     # What lm-eval asks of a model.
     tokenizer_name = ""
@@ -156,17 +156,14 @@ def read_answer(reply: dict[str, Any], stops: list[str], think_end: str, thinkin
     return Answer(thought + content, final, choice["finish_reason"], int((reply.get("usage") or {}).get("completion_tokens") or 0))
 
 
-def cut_off(answers: list[Answer]) -> int:
-    """How many were ended by the limit of tokens."""
-    return sum(answer.finish == _CUT for answer in answers)
-
-
 def _read(log: Path) -> dict[str, dict]:
-    known = {}
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            entry = json.loads(line)
-            known[json.dumps(entry["request"], sort_keys=True)] = entry["response"]
-        except (ValueError, KeyError, TypeError):
-            continue  # the line that an interrupted run was writing
-    return known
+    """The answers of an earlier run, by their requests. A line that it was writing when it ended is cut off."""
+    if not log.exists():
+        return {}
+    text = log.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        with log.open("r+b") as file:
+            file.truncate(len(whole))
+    entries = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return {json.dumps(entry["request"], sort_keys=True): entry["response"] for entry in entries}

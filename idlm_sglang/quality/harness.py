@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from idlm_sglang.config import SettingError
 from idlm_sglang.quality.options import DEMO, PAPER, Plan
+from idlm_sglang.quality.paper import FOLDERS, Benchmark
 from idlm_sglang.quality.paper import PAPER as PAPER_BENCHMARKS
-from idlm_sglang.quality.paper import Benchmark
 
 if TYPE_CHECKING:
     from idlm_sglang.quality.client import ChatModel
@@ -76,12 +76,12 @@ class Harness:
     """lm-eval's tasks, those of the suites and those of the user."""
 
     def __init__(self, plan: Plan):
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
 
         self._plan = plan
-        own = [TASKS_DIR] if plan.suite == DEMO else []
-        # The index of lm-eval's 14,000 tasks takes seconds: not for a suite that needs none of them.
-        self._manager = TaskManager(include_path=[*own, *plan.include] or None, include_defaults=plan.suite != DEMO)
+        theirs = Path(lm_eval.tasks.__file__).parent
+        own = {DEMO: [TASKS_DIR], PAPER: [theirs / folder for folder in FOLDERS]}.get(plan.suite, [])
+        self._manager = lm_eval.tasks.TaskManager(include_path=[*own, *plan.include] or None, include_defaults=not own)
 
     def benchmarks(self) -> list[Benchmark]:
         """The rows of the comparison. Raises :class:`SettingError` for a task that nobody knows."""

@@ -41,3 +41,43 @@ def _write(folder: Path, configurations: dict[str, dict[str, list[dict]]]) -> No
             (folder / file).write_text(text)
             lines += [f"  - split: {split}", f"    path: {file}"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+_CODE_EVAL = '''
+import datasets
+import evaluate
+
+
+class CodeEval(evaluate.Metric):
+    """Runs the few trusted answers of these tests; the hub's metric of this name is not at hand offline."""
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references, k):
+        passed = [self._passes(each[0], reference) for each, reference in zip(predictions, references)]
+        return {"pass@1": sum(passed) / len(passed)}, {}
+
+    @staticmethod
+    def _passes(program, reference):
+        try:
+            exec(program + "\\n" + reference, {})
+        except Exception:
+            return False
+        return True
+'''
+
+
+def lay_out_code(root: Path) -> Path:
+    """The data sets of HumanEval and MBPP, and what scores them."""
+    prompt = 'import math\n\n\ndef halve(x):\n    """Half of x, rounded down."""\n'
+    _write(
+        root / "openai/openai_humaneval",
+        {"default": {"test": [{"task_id": "0", "prompt": prompt, "test": "def check(f):\n    assert f(9) == 4\n", "entry_point": "halve", "canonical_solution": ""}]}},
+    )
+    mbpp = [{"task_id": 11, "text": "Write a function halve(x).", "code": "", "test_list": ["assert halve(9) == 4", "assert halve(2) == 1", "assert halve(0) == 0"]}]
+    _write(root / "google-research-datasets/mbpp", {"full": {"test": mbpp}})
+    (root / "code_eval").mkdir()
+    (root / "code_eval/code_eval.py").write_text(_CODE_EVAL.lstrip())
+    return root
