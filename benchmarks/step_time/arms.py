@@ -6,9 +6,10 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import requests
 
 from benchmarks.server import last_words, running
@@ -45,12 +46,14 @@ class Arm:
             raise SystemExit(f"step_time: the server refused stride {stride}: {done.text}")
         self._stride = stride
 
-    def decode(self, prompts: list[list[int]], tokens: int) -> list[Step]:
-        """One full batch, ``tokens`` each whatever the model says; the server's steps meanwhile."""
+    def decode(self, prompts: list[list[int]], tokens: int) -> tuple[list[Step], float]:
+        """One full batch, ``tokens`` each whatever the model says: the server's steps meanwhile, and the share of this
+        machine's processors that other programs took."""
         self.records.new()
+        load = Load()
         self._generate(prompts, tokens)
         # The last step's line follows when the next one begins, or never: it is not needed.
-        return self.records.new()
+        return self.records.new(), load.elsewhere()
 
     def profile(self, prompts: list[list[int]], tokens: int, name: str) -> Path:
         """The trace of some steady steps of a full batch, taken through SGLang's /start_profile."""
@@ -93,6 +96,34 @@ class Arm:
         if not reply.ok:
             raise SystemExit(f"step_time: {path} answered HTTP {reply.status_code}: {reply.text[:300]}")
         return reply
+
+
+class Load:
+    """Processor time from now on: of the machine, and of this process and its servers."""
+
+    def __init__(self):
+        self._began, self._idle, self._own = time.perf_counter(), _idle(), _own()
+
+    def elsewhere(self) -> float:
+        """Share of the machine, 0 to 1, that was busy with other programs."""
+        capacity = (time.perf_counter() - self._began) * psutil.cpu_count()
+        busy = capacity - (_idle() - self._idle)
+        return max(0.0, (busy - (_own() - self._own)) / capacity)
+
+
+def _idle() -> float:
+    times = psutil.cpu_times()
+    return times.idle + getattr(times, "iowait", 0.0)
+
+
+def _own() -> float:
+    total = 0.0
+    here = psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 @contextmanager
