@@ -34,15 +34,16 @@ def running(flags: list[str], env: dict[str, str] | None = None, log: Path | Non
             except requests.RequestException:
                 time.sleep(0.5)
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start: {' '.join(command)}" + (f"\n{_last_words(log)}" if log else ""))
+                raise SystemExit(f"the server did not start: {' '.join(command)}" + (f"\n{last_words(log)}" if log else ""))
         yield url
     finally:
         process.terminate()
         process.wait()
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
     """What a server that ended said about itself, else the end of its log."""
     lines = log.read_text(errors="replace").splitlines()
-    own = [line for line in lines if line.startswith("idlm: ")]
-    return own[-1] if own else "\n".join(lines[-5:])
+    own = [line for line in lines if line.startswith("idlm: ") and "the server ended" not in line]
+    failed = [line for line in lines if "Error" in line]
+    return (own or failed or lines or ["none"])[-1]

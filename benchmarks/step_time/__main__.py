@@ -11,7 +11,9 @@ from benchmarks.step_time.records import steady, window
 from idlm_sglang.config import SettingError
 from idlm_sglang.platform import accelerator_available
 
-MOST_RUNS = 12
+MOST_RUNS = 16
+QUIET = 0.03
+"""Share of the machine that other programs may take during a run before it is taken again."""
 
 
 def main() -> int:
@@ -51,28 +53,31 @@ def measure(options: Options) -> None:
 
 
 def _points(options: Options, served: dict[str, arms.Arm], batch: int, context: int, run: str) -> list[dict]:
-    """Rows of every arm at one batch and context; the arms take turns."""
+    """Rows of every arm at one batch and context; the arms take turns. Runs beside which other programs were busy are
+    taken again, and kept only where no others came."""
     chosen = [(kind, stride) for kind in served for stride in ((None,) if kind == arms.AR else options.strides)]
     prompts = arms.prompts(options, batch, context)
     half = options.tokens / 2
-    rows, counted, splits = [], dict.fromkeys(chosen, 0), {}
+    runs: dict[tuple, list[dict]] = {c: [] for c in chosen}
     for repeat in range(MOST_RUNS):
-        left = [c for c in chosen if repeat < options.repeats or counted[c] < options.steps]
+        left = [c for c in chosen if not _enough(options, runs[c])]
         for kind, stride in left:
             arm = served[kind]
             arm.use(stride)
             # AR's requests go in step; those of ISD do not, and the fast ones must not end before the window does.
             tokens = options.tokens if kind == arms.AR else 2 * options.tokens
-            steps = steady(arm.decode(prompts, tokens + 2), batch, context - half, context + half)
+            steps, elsewhere = arm.decode(prompts, tokens + 2)
+            steps = steady(steps, batch, context - half, context + half)
             if not steps:
                 raise SystemExit(f"step_time: no steady step of {batch} requests at context {context} ({_name(stride)}); raise --tokens {options.tokens}")
             found = window(steps)
-            counted[kind, stride] += found.steps
-            rows.append({"run": run, "arm": _name(stride), "batch": batch, "context": context, "repeat": repeat, "steps": found.steps, "width": found.width,
-                         "mean_context": found.context, "wall_ms": found.wall, **{f"{part}_ms": ms for part, ms in found.parts.items()}})  # fmt: skip
-            _say(rows[-1])
+            runs[kind, stride].append({"run": run, "arm": _name(stride), "batch": batch, "context": context, "repeat": repeat, "steps": found.steps, "width": found.width,
+                                       "mean_context": found.context, "elsewhere": elsewhere, "wall_ms": found.wall, **{f"{part}_ms": ms for part, ms in found.parts.items()}})  # fmt: skip
+            _say(runs[kind, stride][-1])
         if not left:
             break
+    rows = [row for c in chosen for row in _quiet(runs[c]) or runs[c]]
+    splits = {}
     if options.method == TRACE:
         for kind, stride in chosen:
             served[kind].use(stride)
@@ -81,6 +86,15 @@ def _points(options: Options, served: dict[str, arms.Arm], batch: int, context: 
         for row in rows:
             row.update({f"{part}_ms": ms for part, ms in trace.on_wall(splits[row["arm"]], row["wall_ms"]).items()})
     return rows
+
+
+def _quiet(runs: list[dict]) -> list[dict]:
+    return [run for run in runs if run["elsewhere"] <= QUIET]
+
+
+def _enough(options: Options, runs: list[dict]) -> bool:
+    quiet = _quiet(runs)
+    return len(quiet) >= options.repeats and sum(run["steps"] for run in quiet) >= options.steps
 
 
 def _tokens_per_forward(options: Options, arm: arms.Arm) -> dict[int, dict]:
@@ -109,7 +123,7 @@ def _name(stride: int | None) -> str:
 
 
 def _say(row: dict) -> None:
-    print(f"  {row['arm']:<5} batch {row['batch']:<4} context {row['context']:<6} {row['wall_ms']:8.2f} ms a step ({row['steps']} steps)", file=sys.stderr, flush=True)
+    print(f"  {row['arm']:<5} batch {row['batch']:<4} context {row['context']:<6} {row['wall_ms']:8.2f} ms a step ({row['steps']} steps, {row['elsewhere']:.0%} busy elsewhere)", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 import json
 import os
 import random
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import requests
 
-from benchmarks.server import running
+from benchmarks.server import last_words, running
 from benchmarks.step_time import dummy
 from benchmarks.step_time.options import DEMO, DUMMY, Options
 from benchmarks.step_time.ranges import HOOK
@@ -25,6 +26,7 @@ AR, ISD = "ar", "isd"
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUEST_SECONDS = 1800
 PROFILED_STEPS = 16
+LOG = "server.log"
 
 
 class Arm:
@@ -44,26 +46,27 @@ class Arm:
             raise SystemExit(f"step_time: the server refused stride {stride}: {done.text}")
         self._stride = stride
 
-    def decode(self, prompts: list[list[int]], tokens: int) -> list[Step]:
-        """One full batch, ``tokens`` each whatever the model says; the server's steps meanwhile."""
+    def decode(self, prompts: list[list[int]], tokens: int) -> tuple[list[Step], float]:
+        """One full batch, ``tokens`` each whatever the model says: the server's steps meanwhile, and the share of this
+        machine's processors that other programs took."""
         self.records.new()
+        load = Load()
         self._generate(prompts, tokens)
         # The last step's line follows when the next one begins, or never: it is not needed.
-        return self.records.new()
+        return self.records.new(), load.elsewhere()
 
     def profile(self, prompts: list[list[int]], tokens: int, name: str) -> Path:
         """The trace of some steady steps of a full batch, taken through SGLang's /start_profile."""
         self.records.new()
-        load = threading.Thread(target=self._generate, args=(prompts, tokens), daemon=True)
-        load.start()
-        full = 0
-        while full < 3 and load.is_alive():
-            time.sleep(0.002)
-            full += sum(step.decode and step.requests == len(prompts) for step in self.records.new())
-        activities = ["CPU", "GPU"] if accelerator_available() else ["CPU"]
-        body = {"output_dir": str(self.folder), "profile_id": name, "num_steps": PROFILED_STEPS, "activities": activities, "with_stack": False}
-        self._post("/start_profile", body)
-        load.join()
+        with ThreadPoolExecutor(1) as pool:
+            load, full = pool.submit(self._generate, prompts, tokens), 0
+            while full < 3 and not load.done():
+                time.sleep(0.002)
+                full += sum(step.decode and step.requests == len(prompts) for step in self.records.new())
+            activities = ["CPU", "GPU"] if accelerator_available() else ["CPU"]
+            body = {"output_dir": str(self.folder), "profile_id": name, "num_steps": PROFILED_STEPS, "activities": activities, "with_stack": False}
+            self._post("/start_profile", body)
+            load.result()
         traces = list(self.folder.glob(f"{name}*.trace.json.gz"))
         if len(traces) != 1:
             raise SystemExit(f"step_time: the server left {len(traces)} traces of {name}; the batch ended before {PROFILED_STEPS} steps: raise --tokens {self.options.tokens}")
@@ -86,10 +89,41 @@ class Arm:
         self._post("/generate", {"input_ids": prompts, "sampling_params": params})
 
     def _post(self, path: str, body: dict) -> requests.Response:
-        reply = requests.post(self.url + path, json=body, timeout=REQUEST_SECONDS)
+        try:
+            reply = requests.post(self.url + path, json=body, timeout=REQUEST_SECONDS)
+        except requests.RequestException as error:
+            raise SystemExit(f"step_time: {path} was not answered ({error}); the server's last words: {last_words(self.folder / LOG)}") from None
         if not reply.ok:
             raise SystemExit(f"step_time: {path} answered HTTP {reply.status_code}: {reply.text[:300]}")
         return reply
+
+
+class Load:
+    """Processor time from now on: of the machine, and of this process and its servers."""
+
+    def __init__(self):
+        self._began, self._idle, self._own = time.perf_counter(), _idle(), _own()
+
+    def elsewhere(self) -> float:
+        """Share of the machine, 0 to 1, that was busy with other programs."""
+        capacity = (time.perf_counter() - self._began) * psutil.cpu_count()
+        busy = capacity - (_idle() - self._idle)
+        return max(0.0, (busy - (_own() - self._own)) / capacity)
+
+
+def _idle() -> float:
+    times = psutil.cpu_times()
+    return times.idle + getattr(times, "iowait", 0.0)
+
+
+def _own() -> float:
+    total = 0.0
+    here = psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 @contextmanager
@@ -99,7 +133,7 @@ def arm(kind: str, options: Options, folder: Path) -> Iterator[Arm]:
     folder.mkdir(parents=True)
     hook = {"name": "step_time", "target_modules": ["*"], "hook_factory": HOOK, "config": {"path": str(folder / "records.csv")}}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    with running(flags(kind, options, folder) + ["--forward-hooks", json.dumps([hook])], env={"PYTHONPATH": path}, log=folder / "server.log", radix=True) as url:
+    with running(flags(kind, options, folder) + ["--forward-hooks", json.dumps([hook])], env={"PYTHONPATH": path}, log=folder / LOG, radix=True) as url:
         found = Arm(url, folder, options)
         for batch in (1, min(8, max(options.batches))):
             found.decode(prompts(options, batch, min(options.contexts)), 16)
@@ -110,9 +144,9 @@ def arm(kind: str, options: Options, folder: Path) -> Iterator[Arm]:
 
 def flags(kind: str, options: Options, folder: Path) -> list[str]:
     """What `idlm serve` is given. Both kinds get the same room."""
-    model = [] if options.model == DEMO else [str(options.model)]
+    model = [] if options.model == DEMO else ["--model-path", options.model]
     if options.model == DUMMY:
-        model = [str(dummy.write(folder / "model", options.dims)), *dummy.FLAGS]
+        model = ["--model-path", str(dummy.write(folder / "model", options.dims)), *dummy.FLAGS]
     room = ["--max-running-requests", str(max(options.batches))]
     if not accelerator_available():
         columns = max(options.contexts) + options.longest + 4 * (2 * max(options.strides) - 1)

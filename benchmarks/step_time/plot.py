@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.step_time.parts import ATTENTION, GEMM, HOST, LM_HEAD, MODEL, PARTS, SETUP, TITLE, VERIFY
-from benchmarks.step_time.report import AR, ceilings, points
+from benchmarks.step_time.report import AR, ceilings, model, points
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), the host gap in grey.
 _COLOURS = {ATTENTION: "#0072B2", GEMM: "#E69F00", LM_HEAD: "#F0E442", MODEL: "#56B4E9", VERIFY: "#D55E00", SETUP: "#CC79A7", HOST: "#999999"}
@@ -27,7 +27,7 @@ def draw(found: dict, path: Path) -> None:
         len(contexts), len(widths), figsize=(2.5 * sum(widths) + 0.6, 3.6 * len(contexts) + 1.1), squeeze=False, gridspec_kw={"width_ratios": widths}, layout="constrained"
     )
     last = found["runs"][-1]
-    figure.suptitle(f"One decode step by part, and the speed-up it allows: {last['options']['model']}, {last['device']}", fontsize=12)
+    figure.suptitle(f"One decode step by part, and the speed-up it allows: {model(last)}, {last['device']}", fontsize=12)
     for row, context in zip(axes, contexts):
         for axis, batch in zip(row, batches):
             _bars(axis, [p for p in measured if (p.context, p.batch) == (context, batch)], f"batch {batch}, context {context}")

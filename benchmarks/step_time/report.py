@@ -15,6 +15,7 @@ class Point:
 
     Attributes:
         wall: milliseconds a step, mean over all steps; low, high: of the runs' means.
+        elsewhere: share of the machine that other programs took meanwhile.
         parts: milliseconds, adding up to ``wall``.
     """
 
@@ -26,12 +27,21 @@ class Point:
     wall: float
     low: float
     high: float
+    elsewhere: float
     parts: dict[str, float]
 
     @property
     def stride(self) -> int:
         """N; 0 for AR."""
         return 0 if self.arm == AR else int(self.arm.removeprefix("N="))
+
+
+def model(run: dict) -> str:
+    """What a run measured, in words."""
+    options = run["options"]
+    dims = ", ".join(f"{name} {value}" for name, value in options.get("dims", {}).items())
+    greedy = options.get("sampling", {"temperature": 0}) == {"temperature": 0}
+    return options["model"] + (f" with {dims}" if dims else "") + ("" if greedy else f", {options['sampling']}")
 
 
 def points(rows: Sequence[dict]) -> list[Point]:
@@ -48,7 +58,7 @@ def points(rows: Sequence[dict]) -> list[Point]:
 
         walls = [run["wall_ms"] for run in runs]
         parts = {part: mean(f"{part}_ms") for part in PARTS}
-        found.append(Point(arm, batch, context, steps, mean("width"), mean("wall_ms"), min(walls), max(walls), parts))
+        found.append(Point(arm, batch, context, steps, mean("width"), mean("wall_ms"), min(walls), max(walls), mean("elsewhere"), parts))
     return found
 
 
@@ -67,7 +77,7 @@ def table(found: dict) -> str:
     measured, tpf = points(found["rows"]), found["tpf"]
     tops = ceilings(measured, tpf)
     last = found["runs"][-1]
-    lines = [f"# Step time: {last['options']['model']}, {last['device']}", ""]
+    lines = [f"# Step time: {model(last)}, {last['device']}", ""]
     for context in sorted({p.context for p in measured}):
         lines += [f"## Context {context}", "", *_parts(measured, context, tops), ""]
     lines += ["## Ceiling: TPF(N) x T_AR(C) / T_ISD(N, C)", "", *_ceiling(tops, tpf), ""]
@@ -76,7 +86,7 @@ def table(found: dict) -> str:
 
 
 def _parts(measured: Sequence[Point], context: int, tops: dict) -> list[str]:
-    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling"]
+    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling"]
     lines = [_row(head), _row(["---:"] + ["---"] + ["---:"] * (len(head) - 2))]
     chosen = [p for p in measured if p.context == context]
     ar = {p.batch: p.wall for p in chosen if p.arm == AR}
@@ -84,7 +94,7 @@ def _parts(measured: Sequence[Point], context: int, tops: dict) -> list[str]:
         share = [f"{p.parts[part]:.2f} ({p.parts[part] / p.wall:.0%})" for part in PARTS]
         top = tops.get((context, p.batch), {}).get(p.stride)
         against = [f"{p.wall / ar[p.batch]:.2f}" if p.batch in ar else "", "" if top is None else f"{top:.2f}"]
-        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({p.low:.2f}, {p.high:.2f})", *share, *against]))
+        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({p.low:.2f}, {p.high:.2f})", f"{p.elsewhere:.0%}", *share, *against]))
     return lines
 
 

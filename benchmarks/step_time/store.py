@@ -15,7 +15,7 @@ from idlm_sglang.demo import CHECKPOINT_DIR
 RAW, RUNS = "raw.csv", "fingerprint.json"
 _TEXT = ("run", "arm")
 _WHOLE = ("batch", "context", "repeat", "steps")
-COLUMNS = (*_TEXT, *_WHOLE, "width", "mean_context", "wall_ms", *(f"{part}_ms" for part in PARTS))
+COLUMNS = (*_TEXT, *_WHOLE, "width", "mean_context", "elsewhere", "wall_ms", *(f"{part}_ms" for part in PARTS))
 
 
 def new_run(options: Options, command: str) -> dict:

@@ -5,6 +5,7 @@ import os
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from torch.profiler import ProfilerActivity
 
 from idlm_sglang.config import SettingError
 
@@ -61,6 +62,13 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         ):
             if getattr(server_args, field) is None:
                 setattr(server_args, field, default)
+
+    def get_torch_profiler_activity_str(self) -> str:
+        # /start_profile asks for it; the base class raises, which would end the server.
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> ProfilerActivity:
+        return ProfilerActivity.CPU
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

@@ -146,7 +146,7 @@ def test_published_tokens_per_forward_follow_from_the_published_acceptance():
 
 
 def _row(run, arm, batch, wall, repeat=0):
-    return {"run": run, "arm": arm, "batch": batch, "context": 128, "repeat": repeat, "steps": 10, "width": 1.0, "mean_context": 128.0,
+    return {"run": run, "arm": arm, "batch": batch, "context": 128, "repeat": repeat, "steps": 10, "width": 1.0, "mean_context": 128.0, "elsewhere": 0.0,
             "wall_ms": wall, **{f"{part}_ms": wall / len(PARTS) for part in PARTS}}  # fmt: skip
 
 

@@ -75,6 +75,14 @@ def test_sglangs_discovery_finds_the_class(bare_machine):
     assert platform.is_out_of_tree() and not platform.capabilities.supports_triton
 
 
+def test_the_profiler_that_a_request_starts_knows_the_platform(bare_machine):
+    """/start_profile reaches the scheduler, where an exception would end the server."""
+    from sglang.srt import platforms
+
+    platform = platforms._resolve_platform()
+    assert getattr(torch.profiler.ProfilerActivity, platform.get_torch_profiler_activity_str()) == platform.get_torch_profiler_activity()
+
+
 def test_asking_imports_neither_sglang_nor_the_platform_class():
     """A GPU machine's processes all ask; the answer must cost them nothing."""
     program = (
