@@ -19,7 +19,7 @@ from benchmarks.kernels.fingerprint import fingerprint
 OPS = ("attention", "target", "noise", "verify", "propose", "step", "sampler", "penalties", "grammar", "state", "page_table")
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 # Rows x vocabulary of one call, above which a case is not run on a CPU: one call would take seconds.
-CPU_CELLS = 10_000_000
+CPU_CELLS = 5_000_000
 # Calls slower than this are timed in three rounds, references of that kind in one.
 SLOW_SECONDS = 0.5
 
