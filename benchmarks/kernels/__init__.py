@@ -20,6 +20,6 @@ How to read it:
 - Arms take turns in five rounds (three where one call takes over half a second, and one for a reference of that kind); calls that
   would handle more than `--cells` logits on a CPU are not run. Inputs are random logits with 20 likely tokens per row: timings of a sort
   barely depend on them, timings of a shortcut may.
-- The CSVs in `benchmarks/results/kernels/OP.DEVICE.csv` begin with the device, versions, threads, commit, command and date;
+- The CSVs in `benchmarks/results/kernels/OP.DEVICE.csv` begin with the device, threads, load, versions, commit, command and date;
   `pandas.read_csv(path, comment="#")` reads them. A commit with a plus had uncommitted changes.
 """

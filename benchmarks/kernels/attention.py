@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the platform sets it for a server
@@ -89,7 +90,7 @@ def forward_batches(case: Case, req_to_token: torch.Tensor) -> tuple[SimpleNames
     return SimpleNamespace(forward_mode=ForwardMode.TARGET_VERIFY, seq_lens=prefix_lens, **shared), stock
 
 
-def measured(case: Case) -> Measured:
+def arms_of(case: Case) -> list[Arm]:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -140,12 +141,15 @@ def measured(case: Case) -> Measured:
     if case.mode == "verify" and case.batch * case.context > STOCK_VERIFY_COLUMNS:
         absent = f"above {STOCK_VERIFY_COLUMNS} columns it recomputes the prefixes for seconds"
     ours_backend, stock_backend = TiledAttnBackend(runner), TorchNativeAttnBackend(runner)
-    arms = [
+    return [
         Arm("ours", OURS, lambda: forward(ours_backend, ours), check),
         Arm("by request", REFERENCE, by_request, timed=False),
         Arm("SGLang torch_native", LIBRARY, lambda: forward(stock_backend, stock), check, absent=absent),
     ]
-    return Measured(case.mode, case.dims, arms)
+
+
+def measured(case: Case) -> Measured:
+    return Measured(case.mode, case.dims, partial(arms_of, case))
 
 
 def cases(options: Options) -> Iterator[Measured]:

@@ -1,6 +1,7 @@
 """What a figure was measured with."""
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -42,6 +43,7 @@ def fingerprint(device: str, threads: int, command: str) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(threads),
         "clock": clock,
+        "load": f"{os.getloadavg()[0]:.1f} runnable tasks in the minute before",
         "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES) + f", Python {platform.python_version()}",
         "commit": commit(),
         "command": command,

@@ -8,7 +8,7 @@ costs the same.
 
 import random
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,7 +98,9 @@ class Constrained:
         return generate_token_bitmask(self.reqs, *GrammarTree.from_linear_chain(self.chain).resolve(), self.size.vocab)[0]
 
 
-def walk_case(size: Size, batch: Constrained, options: Options) -> Case:
+def walk_arms(size: Size, options: Options) -> list[Arm]:
+    batch = Constrained(size, options.device)
+
     def ours():
         step = batch.new_step()
         return step, *step.adjust(batch.carried)
@@ -112,17 +114,17 @@ def walk_case(size: Size, batch: Constrained, options: Options) -> Case:
         step.apply(logits)
         assert_equal(logits[:, : size.stride].reshape(-1, size.vocab).cpu() == 0, unpacked(want, size.vocab))
 
-    arms = [
+    return [
         Arm("ours", OURS, ours, check),
         Arm("fresh matchers", REFERENCE, batch.masks),
         Arm("SGLang, chain", LIBRARY, batch.by_sglang, note="forces no tokens"),
     ]
-    return Case("walk", size.dims(), arms, size.batch * size.width * size.vocab)
 
 
-def apply_case(size: Size, batch: Constrained, options: Options) -> Case:
+def apply_arms(size: Size, options: Options) -> list[Arm]:
     import xgrammar
 
+    batch = Constrained(size, options.device)
     logits = peaked_logits((size.batch, size.width), size.vocab, options.device)
     packed = batch.masks()
     blocked = ~unpacked(packed, size.vocab).view(size.batch, size.stride, size.vocab).to(options.device)
@@ -153,17 +155,15 @@ def apply_case(size: Size, batch: Constrained, options: Options) -> Case:
         out[:, : size.stride] = torch.where(allowed.to(options.device), out[:, : size.stride], float("-inf"))
         return out
 
-    arms = [
+    return [
         Arm("ours", OURS, ours),
         Arm("unpack and where", REFERENCE, want),
         Arm("xgrammar in place", LIBRARY, by_xgrammar),
         Arm("torch masked_fill_", LIBRARY, by_fill, note="mask given as bool"),
     ]
-    return Case("apply", size.dims(), arms, size.batch * size.width * size.vocab)
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
-        batch = Constrained(size, options.device)
-        yield walk_case(size, batch, options)
-        yield apply_case(size, batch, options)
+        yield Case("walk", size.dims(), partial(walk_arms, size, options), size.cells)
+        yield Case("apply", size.dims(), partial(apply_arms, size, options), size.cells)

@@ -46,6 +46,11 @@ class Size:
     def width(self) -> int:
         return 2 * self.stride - 1
 
+    @property
+    def cells(self) -> int:
+        """Logits of one step."""
+        return self.batch * self.width * self.vocab
+
     def dims(self, dtype: torch.dtype = torch.float32) -> dict[str, object]:
         return {"dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], "vocab": self.vocab, "batch": self.batch, "stride": self.stride}
 

@@ -8,6 +8,7 @@ and not timed.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,12 +82,12 @@ def by_murmur(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch
     return unit.log_().clamp_(min=torch.finfo(torch.float64).min, max=-(2.0**-32)).neg_().log_().neg_().view(*positions.shape, vocab)
 
 
-def case(size: Size, options: Options) -> Case:
+def arms_of(size: Size, options: Options) -> list[Arm]:
     seeds = torch.arange(size.batch, device=options.device) * 0x9E3779B97F4A7 + 1
     positions = step_positions(torch.arange(size.batch, device=options.device) * 37 + 100, size.width)
     shape = (size.batch, size.width, size.vocab)
     keyless = "no key"
-    arms = [
+    return [
         Arm("ours", OURS, lambda: noise.gumbel(seeds, positions, size.vocab), check_bits),
         Arm(f"hash, {CHECKED} tokens", REFERENCE, lambda: by_token(seeds, positions, size.vocab), timed=False),
         Arm("torch exponential_", LIBRARY, lambda: torch.empty(shape, device=options.device).exponential_().log_().neg_(), check_law, note=keyless),
@@ -94,9 +95,8 @@ def case(size: Size, options: Options) -> Case:
         Arm("torch, generator per row", LIBRARY, lambda: by_generators(seeds, positions, size.vocab), check_law, note="keyed; other bits on a GPU"),
         Arm("SGLang murmur", LIBRARY, lambda: by_murmur(seeds, positions, size.vocab), check_law, needs_gpu=True, note="keyed"),
     ]
-    return Case("gumbel", size.dims(), arms, size.batch * size.width * size.vocab)
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
-        yield case(size, options)
+        yield Case("gumbel", size.dims(), partial(arms_of, size, options), size.cells)

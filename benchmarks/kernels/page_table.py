@@ -4,6 +4,7 @@ The CPU platform's stand-in for SGLang's Triton kernel, which is the alternative
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from idlm_sglang.platform.page_table import assign_req_to_token
 COLUMNS = 4096
 
 
-def case(batch: int, stride: int, options: Options) -> Case:
+def arms_of(batch: int, stride: int, options: Options) -> list[Arm]:
     device, width = options.device, 2 * stride - 1
     pool = torch.randperm(batch, device=device) + 1
     start = torch.randint(0, COLUMNS - width, (batch,), device=device)
@@ -39,15 +40,14 @@ def case(batch: int, stride: int, options: Options) -> Case:
         assign_req_to_token_pool_func(pool, tables["sglang"], start, end, slots, batch)
         return tables["sglang"]
 
-    arms = [
+    return [
         Arm("ours", OURS, ours),
         Arm("loop over requests", REFERENCE, in_loops),
         Arm("SGLang, Triton", LIBRARY, by_sglang, needs_gpu=True),
     ]
-    return Case("assign", {"batch": batch, "stride": stride}, arms)
 
 
 def cases(options: Options) -> Iterator[Case]:
     for batch in (1, 8) if options.quick else BATCHES:
         for stride in (4,) if options.quick else STRIDES:
-            yield case(batch, stride, options)
+            yield Case("assign", {"batch": batch, "stride": stride}, partial(arms_of, batch, stride, options))

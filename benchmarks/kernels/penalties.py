@@ -6,6 +6,8 @@ place begin with a copy of the logits; "copy" is that copy alone. One penalised 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -43,7 +45,7 @@ class Penalised:
         self.counts.restart(self.slots, self.output.tolist())
         self.drafts = torch.randint(4, size.vocab, (size.batch, size.k), device=device)
         # Where the history or an earlier draft comes again, a row's count is above one.
-        self.drafts[:, 0] = self.output[:, -1].to(device)
+        self.drafts[:, :1] = self.output[:, -1:].to(device) if size.k else self.drafts
         self.valid = valid_drafts(torch.full((size.batch,), size.k, device=device), size.k)
         self.first = torch.full((size.batch,), OUTPUT, device=device)
 
@@ -87,7 +89,7 @@ def check_first_row(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got.view_as(want)[:, 0], want[:, 0])
 
 
-def step_case(size: Size, variant: str, options: Options) -> Case:
+def step_arms(size: Size, variant: str, options: Options) -> list[Arm]:
     batch = Penalised(variant, size, options.device)
     logits = peaked_logits((size.batch, size.width), size.vocab, options.device)
     work = torch.empty_like(logits)
@@ -104,16 +106,15 @@ def step_case(size: Size, variant: str, options: Options) -> Case:
         orchestrator.apply(work.view(-1, size.vocab), repeat=size.width)
         return work
 
-    arms = [
+    return [
         Arm("ours", OURS, ours, lambda got, want: torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)),
         Arm("loop over rows", REFERENCE, lambda: batch.row_by_row(logits)),
         Arm("SGLang penaltylib", LIBRARY, by_sglang, check_first_row, note="history only: wrong behind drafts"),
         Arm("copy", FLOOR, lambda: work.copy_(logits)),
     ]
-    return Case(variant, size.dims(), arms, size.batch * size.width * size.vocab)
 
 
-def terms_case(size: Size, variant: str, options: Options) -> Case:
+def terms_arms(size: Size, variant: str, options: Options) -> list[Arm]:
     """Stride 1: what is added to the logits of the batch, and what scales them."""
     from idlm_sglang.engine.penalties import sampler_terms
 
@@ -137,15 +138,14 @@ def terms_case(size: Size, variant: str, options: Options) -> Case:
     def check(got: torch.Tensor, want: torch.Tensor) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
-    arms = [
+    return [
         Arm("ours", OURS, ours, check),
         Arm("loop over rows", REFERENCE, lambda: batch.row_by_row(logits[:, None])[:, 0]),
         Arm("SGLang penaltylib", LIBRARY, by_sglang, check),
     ]
-    return Case(f"{variant}, one token", {**size.dims(), "stride": 1}, arms, size.batch * size.vocab)
 
 
-def count_case(size: Size, options: Options) -> Case:
+def count_arms(size: Size, options: Options) -> list[Arm]:
     """N committed tokens per request. SGLang's calls, one per token, update every penalty's own table."""
     batch = Penalised("all four", size, options.device)
     orchestrator = batch.orchestrator()
@@ -169,19 +169,19 @@ def count_case(size: Size, options: Options) -> Case:
         for column in columns:
             orchestrator.cumulate_output_tokens(column)
 
-    arms = [
+    return [
         Arm("ours", OURS, lambda: batch.counts.add(batch.slots, tokens, lens), check),
         Arm("loop over rows", REFERENCE, in_loops),
         Arm("SGLang penaltylib", LIBRARY, by_sglang, lambda got, want: None, note="four tables"),
     ]
-    return Case("count", size.dims(), arms, size.batch * size.vocab)
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
         for variant in VARIANTS:
-            yield step_case(size, variant, options)
-        yield count_case(size, options)
+            yield Case(variant, size.dims(), partial(step_arms, size, variant, options), size.cells)
+        yield Case("count", size.dims(), partial(count_arms, size, options), size.batch * size.vocab)
         if size.stride == 4:
+            one = replace(size, stride=1)
             for variant in VARIANTS:
-                yield terms_case(size, variant, options)
+                yield Case(f"{variant}, one token", one.dims(), partial(terms_arms, one, variant, options), one.cells)

@@ -5,6 +5,7 @@ race of exponentials (SGLANG_OPT_USE_GUMBEL_SAMPLE); both here with the log q of
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -64,7 +65,7 @@ def check_draw(got, want) -> None:
     assert bool(torch.isfinite(got[1]).all()), "a draft without mass"
 
 
-def case(size: Size, rule: str, options: Options) -> Case:
+def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
     device, k = options.device, size.k
     rows = sampling_rows("greedy" if rule == "greedy" else "temperature", size.batch, device, rule != "rejection")
     scores = target_scores(peaked_logits((size.batch, k), size.vocab, device), rows)
@@ -87,10 +88,10 @@ def case(size: Size, rule: str, options: Options) -> Case:
             Arm("race of exponentials", LIBRARY, lambda: drawn(scores, race), check_draw, note="no key"),
             Arm("flashinfer", LIBRARY, lambda: drawn(scores, flashinfer_draw), check_draw, needs_gpu=True, note="no key"),
         ]
-    return Case(rule, size.dims(), arms, size.batch * size.width * size.vocab)
+    return arms
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
         for rule in ("greedy", "coupled", "rejection"):
-            yield case(size, rule, options)
+            yield Case(rule, size.dims(), partial(arms_of, size, rule, options), size.batch * size.k * size.vocab)

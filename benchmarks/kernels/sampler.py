@@ -5,6 +5,7 @@ sorted rank) refuses min-p. The reference goes row by row. `stride` is 1: the sa
 """
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -44,7 +45,7 @@ def sampling_info(variant: str, rows) -> SimpleNamespace:
     )
 
 
-def case(size: Size, variant: str, options: Options) -> Case:
+def arms_of(size: Size, variant: str, options: Options) -> list[Arm]:
     rows = sampling_rows(variant, size.batch, options.device)
     logits = peaked_logits((size.batch,), size.vocab, options.device)
     positions = torch.arange(size.batch, device=options.device) * 37 + 100
@@ -82,13 +83,12 @@ def case(size: Size, variant: str, options: Options) -> Case:
         assert int(outside) <= len(got) // 64, f"{int(outside)} tokens outside the support"
 
     by_rank = Arm("SGLang, seeded", LIBRARY, lambda: by_sglang(rows.seed), check_draw, needs_gpu=True, note="keyed by rank under truncation")
-    arms = [
+    return [
         Arm("ours", OURS, ours, check),
         Arm("loop over rows", REFERENCE, by_rows),
         Arm("SGLang, unseeded", LIBRARY, lambda: by_sglang(None), check_draw, note="no key"),
         by_rank,
     ]
-    return Case(variant, size.dims(), arms, size.batch * size.vocab)
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -96,4 +96,5 @@ def cases(options: Options) -> Iterator[Case]:
     for vocab in vocabularies:
         for batch in (1, 8) if options.quick else BATCHES:
             for variant in VARIANTS:
-                yield case(Size(vocab, batch, 1), variant, options)
+                size = Size(vocab, batch, 1)
+                yield Case(variant, size.dims(), partial(arms_of, size, variant, options), size.cells)

@@ -5,6 +5,7 @@ rule needs.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from idlm_sglang.isd import step_positions, step_tokens
 from idlm_sglang.isd.propose import Proposal
 
 
-def layout_case(size: Size, options: Options) -> Case:
+def layout_arms(size: Size, options: Options) -> list[Arm]:
     device, k, width = options.device, size.k, size.width
     pending = torch.randint(4, size.vocab, (size.batch,), device=device)
     drafts = torch.randint(4, size.vocab, (size.batch, k), device=device)
@@ -28,14 +29,13 @@ def layout_case(size: Size, options: Options) -> Case:
             positions.append(list(range(length, length + width)))
         return torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
 
-    arms = [
+    return [
         Arm("ours", OURS, lambda: (step_tokens(pending, drafts, counts, MASK), step_positions(seq_lens, width))),
         Arm("loop over requests", REFERENCE, in_loops),
     ]
-    return Case("layout", size.dims(), arms)
 
 
-def slots_case(size: Size, with_q: bool, options: Options) -> Case:
+def slots_arms(size: Size, with_q: bool, options: Options) -> list[Arm]:
     from idlm_sglang.engine.state import SlotState
 
     device, k, batch = options.device, size.k, size.batch
@@ -62,12 +62,11 @@ def slots_case(size: Size, with_q: bool, options: Options) -> Case:
         out = (torch.stack([r[3] for r in rows]), torch.tensor(found, device=device), torch.stack([r[4] for r in rows]))
         return out + ((torch.stack([r[5] for r in rows]),) if with_q else ())
 
-    arms = [Arm("ours", OURS, ours), Arm("loop over requests", REFERENCE, in_loops)]
-    return Case("load and store, q" if with_q else "load and store", size.dims(), arms, batch * k * size.vocab if with_q else 0)
+    return [Arm("ours", OURS, ours), Arm("loop over requests", REFERENCE, in_loops)]
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
-        yield layout_case(size, options)
-        yield slots_case(size, False, options)
-        yield slots_case(size, True, options)
+        yield Case("layout", size.dims(), partial(layout_arms, size, options))
+        yield Case("load and store", size.dims(), partial(slots_arms, size, False, options))
+        yield Case("load and store, q", size.dims(), partial(slots_arms, size, True, options), size.batch * size.k * size.vocab)

@@ -7,6 +7,7 @@ is not the same text at another stride, and it keeps no log q. "argmax" is the l
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -17,13 +18,14 @@ from benchmarks.kernels.verify import COUPLED, GREEDY, REJECTION, Chain, in_loop
 from idlm_sglang.isd import isd_step, noise, step_positions
 from idlm_sglang.isd.verify import leading
 
-# Name, sampling, rule.
+# Name, sampling, rule, logits.
 VARIANTS = (
-    ("greedy", "greedy", GREEDY),
-    ("coupled", "temperature", COUPLED),
-    ("coupled, paper", "paper", COUPLED),
-    ("rejection", "temperature", REJECTION),
-    ("rejection, paper", "paper", REJECTION),
+    ("greedy", "greedy", GREEDY, torch.float32),
+    ("coupled", "temperature", COUPLED, torch.float32),
+    ("coupled, paper", "paper", COUPLED, torch.float32),
+    ("coupled, paper", "paper", COUPLED, torch.bfloat16),
+    ("rejection", "temperature", REJECTION, torch.float32),
+    ("rejection, paper", "paper", REJECTION, torch.float32),
 )
 
 
@@ -97,7 +99,7 @@ def check_draw(step: Step):
     return check
 
 
-def case(size: Size, name: str, sampling: str, rule: str, dtype: torch.dtype, options: Options) -> Case:
+def arms_of(size: Size, sampling: str, rule: str, dtype: torch.dtype, options: Options) -> list[Arm]:
     step = step_of(size, sampling, options.device, rule != REJECTION)
     step.logits.copy_(step.logits.to(dtype))
     typed = Step(step.logits.to(dtype), *step.arguments[1:])
@@ -113,11 +115,10 @@ def case(size: Size, name: str, sampling: str, rule: str, dtype: torch.dtype, op
     if rule == REJECTION:
         chain = Chain(step)
         arms.append(Arm("flashinfer + SGLang chain", LIBRARY, lambda: chain_on_gpu(typed, chain), check_draw(step), needs_gpu=True, note="no key"))
-    return Case(name, size.dims(dtype), arms, size.batch * size.width * size.vocab)
+    return arms
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
-        for name, sampling, rule in VARIANTS:
-            yield case(size, name, sampling, rule, torch.float32, options)
-        yield case(size, "coupled, paper", "paper", COUPLED, torch.bfloat16, options)
+        for name, sampling, rule, dtype in VARIANTS:
+            yield Case(name, size.dims(dtype), partial(arms_of, size, sampling, rule, dtype, options), size.cells)

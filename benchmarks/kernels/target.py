@@ -6,6 +6,7 @@ comparable where one rule is on. bf16 logits are cast first, as the worker does.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -99,7 +100,7 @@ def by_flashinfer(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return (probs / probs.sum(-1, keepdim=True)).log().view(batch, width, vocab)
 
 
-def case(size: Size, variant: str, dtype: torch.dtype, options: Options) -> Case:
+def arms_of(size: Size, variant: str, dtype: torch.dtype, options: Options) -> list[Arm]:
     rows = sampling_rows(variant, size.batch, options.device)
     logits = peaked_logits((size.batch, size.width), size.vocab, options.device).to(dtype)
     arms = [
@@ -110,11 +111,10 @@ def case(size: Size, variant: str, dtype: torch.dtype, options: Options) -> Case
     if variant != "paper":
         arms.append(Arm("transformers", LIBRARY, lambda: by_warpers(logits, rows, variant), same_distribution))
     arms.append(Arm("flashinfer", LIBRARY, lambda: by_flashinfer(logits, rows), same_distribution, needs_gpu=True))
-    return Case(variant, size.dims(dtype), arms, size.batch * size.width * size.vocab)
+    return arms
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
-        for variant in VARIANTS:
-            yield case(size, variant, torch.float32, options)
-        yield case(size, "paper", torch.bfloat16, options)
+        for variant, dtype in [*((variant, torch.float32) for variant in VARIANTS), ("paper", torch.bfloat16)]:
+            yield Case(variant, size.dims(dtype), partial(arms_of, size, variant, dtype, options), size.cells)

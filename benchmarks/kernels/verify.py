@@ -7,6 +7,7 @@ function takes one request, and does its softmaxes itself.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -156,7 +157,7 @@ def check_ours(step: Step):
     return check
 
 
-def case(size: Size, rule: str, options: Options) -> Case:
+def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
     step = step_of(size, GREEDY if rule == GREEDY else "temperature", options.device, rule == COUPLED)
     scores = target_scores(step.logits[:, : size.stride], step.rows)
     arms = [
@@ -174,10 +175,10 @@ def case(size: Size, rule: str, options: Options) -> Case:
             Arm("SGLang, chain", LIBRARY, lambda: sglang_rejection(chain, p, step.q), any_draw, needs_gpu=True, note="no key; p given"),
             Arm("flashinfer, chain", LIBRARY, lambda: flashinfer_rejection(step, p), any_draw, needs_gpu=True, note="no key; p given"),
         ]
-    return Case(rule, size.dims(), arms, size.batch * size.width * size.vocab)
+    return arms
 
 
 def cases(options: Options) -> Iterator[Case]:
     for size in sizes(options):
         for rule in (GREEDY, COUPLED, REJECTION):
-            yield case(size, rule, options)
+            yield Case(rule, size.dims(), partial(arms_of, size, rule, options), size.cells)

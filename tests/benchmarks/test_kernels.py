@@ -31,7 +31,7 @@ def test_every_op_is_right_and_every_arm_leaves_a_figure_or_a_reason(tmp_path, c
     for op in OPS:
         lines = (tmp_path / f"{op}.cpu.csv").read_text().splitlines()
         head = [line for line in lines if line.startswith("# ")]
-        assert [line[2:].split(":")[0] for line in head] == ["device", "threads", "clock", "versions", "commit", "command", "date"]
+        assert [line[2:].split(":")[0] for line in head] == ["device", "threads", "clock", "load", "versions", "commit", "command", "date"]
         rows = list(csv.DictReader(lines[len(head) :]))
         kinds = [row["kind"] for row in rows]
         assert kinds.count(OURS) == kinds.count(REFERENCE) > 0
@@ -79,7 +79,7 @@ def test_a_library_that_differs_or_cannot_run_is_not_timed():
 
     one = torch.ones(1)
     arms = [Arm("ours", OURS, lambda: one), Arm("plain", REFERENCE, lambda: one), Arm("other", LIBRARY, lambda: one + 1), Arm("none", LIBRARY, broken)]
-    ours, plain, other, none = measure("op", Case("any", {}, arms), Options(seconds=0, rounds=1))
+    ours, plain, other, none = measure("op", Case("any", {}, lambda: arms), Options(seconds=0, rounds=1))
     assert ours.times and plain.times and not other.times and not none.times
     assert other.note.startswith("not run: differs from the reference") and none.note == "not run: RuntimeError: no such kernel"
 
