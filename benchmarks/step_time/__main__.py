@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.step_time import arms, ceiling, store, trace
-from benchmarks.step_time.options import DEMO, TRACE, Options, command_line, parse
+from benchmarks.step_time.options import CPU, DEMO, TRACE, Options, command_line, parse
 from benchmarks.step_time.records import steady, window
 from idlm_sglang.config import SettingError
 from idlm_sglang.platform import accelerator_available
@@ -76,7 +76,7 @@ def _points(options: Options, served: dict[str, arms.Arm], batch: int, context: 
             _say(runs[kind, stride][-1])
         if not left:
             break
-    rows = [row for c in chosen for row in _quiet(runs[c]) or runs[c]]
+    rows = [row for c in chosen for row in (_quiet(runs[c]) if options.clock != CPU else None) or runs[c]]
     splits = {}
     if options.method == TRACE:
         for kind, stride in chosen:
@@ -93,7 +93,7 @@ def _quiet(runs: list[dict]) -> list[dict]:
 
 
 def _enough(options: Options, runs: list[dict]) -> bool:
-    quiet = _quiet(runs)
+    quiet = runs if options.clock == CPU else _quiet(runs)
     return len(quiet) >= options.repeats and sum(run["steps"] for run in quiet) >= options.steps
 
 
