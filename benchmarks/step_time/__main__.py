@@ -1,5 +1,6 @@
 """The command: measure what was asked for, then write the results and print the table."""
 
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ QUIET = 0.03
 
 
 def main() -> int:
+    # Ended from outside, the servers end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options = parse(sys.argv[1:])
         if not options.render:
@@ -100,6 +103,8 @@ def _enough(options: Options, runs: list[dict]) -> bool:
 def _tokens_per_forward(options: Options, arm: arms.Arm) -> dict[int, dict]:
     """By stride: tokens per forward and where the figure is from."""
     found = {}
+    if options.model == DEMO and options.tpf_prompts == 0 and options.acceptance is None:
+        return {stride: {"tpf": value, "source": "given"} for stride, value in options.tpf.items()}
     texts = arms.tpf_prompts(options.tpf_prompts) if options.model == DEMO and options.acceptance is None else []
     for stride in options.strides:
         if stride == 1 or stride in options.tpf:

@@ -99,7 +99,7 @@ def parse(argv: Sequence[str]) -> Options:
     option("--clock", choices=(WALL, CPU), default=WALL, help="cpu: processor time of the one thread that does it all, which busy neighbours do not stretch; with OMP_NUM_THREADS=1 only")
     option("--acceptance", type=float, metavar="P", help="tokens per forward from a constant acceptance of each draft")
     option("--tpf", nargs="+", default=[], metavar="N=VALUE", help="tokens per forward at stride N")
-    option("--tpf-prompts", type=int, default=100, help=f"prompts that measure tokens per forward of --model {DEMO} (default 100)")
+    option("--tpf-prompts", type=int, default=100, help=f"prompts that measure tokens per forward of --model {DEMO} (default 100; 0 keeps what --out has)")
     option("--out", type=Path, help="default: benchmarks/results/step_time/DEVICE/MODEL")
     option("--render", action="store_true", help="only write the table and the plot again, from raw.csv")
     words = list(argv)
@@ -138,9 +138,9 @@ def _check(o: Options) -> None:
         for value in values:
             if not low <= value <= high:
                 refuse(f"{flag} {value} is out of range", f"an integer from {low} to {high}")
-    for flag, value in (("--steps", o.steps), ("--repeats", o.repeats), ("--tpf-prompts", o.tpf_prompts)):
-        if value < 1:
-            refuse(f"{flag} {value} is out of range", "an integer >= 1")
+    for flag, value, low in (("--steps", o.steps, 1), ("--repeats", o.repeats, 1), ("--tpf-prompts", o.tpf_prompts, 0)):
+        if value < low:
+            refuse(f"{flag} {value} is out of range", f"an integer >= {low}")
     threads = os.environ.get("OMP_NUM_THREADS")
     if o.clock == CPU and (threads != "1" or o.method != TIMERS):
         refuse(f"--clock {CPU} with OMP_NUM_THREADS={threads} and --method {o.method}", f"OMP_NUM_THREADS=1 and {TIMERS}, or --clock {WALL}")
