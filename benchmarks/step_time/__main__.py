@@ -1,12 +1,13 @@
 """The command: measure what was asked for, then write the results and print the table."""
 
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.step_time import arms, ceiling, store, trace
-from benchmarks.step_time.options import DEMO, TRACE, Options, command_line, parse
+from benchmarks.step_time.options import CPU, DEMO, TRACE, Options, command_line, parse
 from benchmarks.step_time.records import steady, window
 from idlm_sglang.config import SettingError
 from idlm_sglang.platform import accelerator_available
@@ -17,6 +18,8 @@ QUIET = 0.03
 
 
 def main() -> int:
+    # Ended from outside, the servers end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options = parse(sys.argv[1:])
         if not options.render:
@@ -76,7 +79,7 @@ def _points(options: Options, served: dict[str, arms.Arm], batch: int, context: 
             _say(runs[kind, stride][-1])
         if not left:
             break
-    rows = [row for c in chosen for row in _quiet(runs[c]) or runs[c]]
+    rows = [row for c in chosen for row in (_quiet(runs[c]) if options.clock != CPU else None) or runs[c]]
     splits = {}
     if options.method == TRACE:
         for kind, stride in chosen:
@@ -93,13 +96,15 @@ def _quiet(runs: list[dict]) -> list[dict]:
 
 
 def _enough(options: Options, runs: list[dict]) -> bool:
-    quiet = _quiet(runs)
+    quiet = runs if options.clock == CPU else _quiet(runs)
     return len(quiet) >= options.repeats and sum(run["steps"] for run in quiet) >= options.steps
 
 
 def _tokens_per_forward(options: Options, arm: arms.Arm) -> dict[int, dict]:
     """By stride: tokens per forward and where the figure is from."""
     found = {}
+    if options.model == DEMO and options.tpf_prompts == 0 and options.acceptance is None:
+        return {stride: {"tpf": value, "source": "given"} for stride, value in options.tpf.items()}
     texts = arms.tpf_prompts(options.tpf_prompts) if options.model == DEMO and options.acceptance is None else []
     for stride in options.strides:
         if stride == 1 or stride in options.tpf:

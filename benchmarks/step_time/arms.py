@@ -131,7 +131,7 @@ def arm(kind: str, options: Options, folder: Path) -> Iterator[Arm]:
     """A server of this kind, warmed up."""
     folder = folder / kind
     folder.mkdir(parents=True)
-    hook = {"name": "step_time", "target_modules": ["*"], "hook_factory": HOOK, "config": {"path": str(folder / "records.csv")}}
+    hook = {"name": "step_time", "target_modules": ["*"], "hook_factory": HOOK, "config": {"path": str(folder / "records.csv"), "clock": options.clock}}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with running(flags(kind, options, folder) + ["--forward-hooks", json.dumps([hook])], env={"PYTHONPATH": path}, log=folder / LOG, radix=True) as url:
         found = Arm(url, folder, options)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from idlm_sglang.serving.device import device_name
 
 DEMO, DUMMY = "demo", "8b"
 TIMERS, TRACE = "timers", "trace"
+WALL, CPU = "wall", "cpu"
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "step_time"
 
 _DESCRIPTION = """\
@@ -37,6 +39,7 @@ class Options:
         sampling: sampling parameters of every request.
         steps, repeats: least number of steps and runs for a point.
         method: TIMERS or TRACE.
+        clock: WALL, or CPU: the scheduler thread's own processor time.
         acceptance, tpf: instead of measured tokens per forward.
         server_flags: for both servers.
     """
@@ -51,6 +54,7 @@ class Options:
     steps: int
     repeats: int
     method: str
+    clock: str
     acceptance: float | None
     tpf: dict[int, float]
     tpf_prompts: int
@@ -92,9 +96,10 @@ def parse(argv: Sequence[str]) -> Options:
     option("--steps", type=int, default=100, help="least number of measured steps for a point (default 100)")
     option("--repeats", type=int, default=3, help="least number of runs for a point, AR and ISD in turn (default 3)")
     option("--method", choices=(TIMERS, TRACE), help=f"default: {TIMERS} on a CPU, {TRACE} (torch.profiler) on a GPU")
+    option("--clock", choices=(WALL, CPU), default=WALL, help="cpu: processor time of the one thread that does it all, which busy neighbours do not stretch; with OMP_NUM_THREADS=1 only")
     option("--acceptance", type=float, metavar="P", help="tokens per forward from a constant acceptance of each draft")
     option("--tpf", nargs="+", default=[], metavar="N=VALUE", help="tokens per forward at stride N")
-    option("--tpf-prompts", type=int, default=100, help=f"prompts that measure tokens per forward of --model {DEMO} (default 100)")
+    option("--tpf-prompts", type=int, default=100, help=f"prompts that measure tokens per forward of --model {DEMO} (default 100; 0 keeps what --out has)")
     option("--out", type=Path, help="default: benchmarks/results/step_time/DEVICE/MODEL")
     option("--render", action="store_true", help="only write the table and the plot again, from raw.csv")
     words = list(argv)
@@ -113,10 +118,11 @@ def parse(argv: Sequence[str]) -> Options:
         steps=got.steps,
         repeats=got.repeats,
         method=got.method or (TRACE if gpu else TIMERS),
+        clock=got.clock,
         acceptance=got.acceptance,
         tpf={int(name): value for name, value in (_pair("--tpf", word, float) for word in got.tpf)},
         tpf_prompts=got.tpf_prompts,
-        out=got.out or RESULTS / _slug(device_name()) / _slug(Path(model).name + ("" if _greedy(got.sampling) else "-sampled")),
+        out=got.out or RESULTS / _slug(device_name()) / _slug(Path(model).name + ("" if _greedy(got.sampling) else "-sampled") + ("-one-thread" if got.clock == CPU else "")),
         render=got.render,
         server_flags=tuple(words[split + 1 :]),
     )
@@ -132,9 +138,12 @@ def _check(o: Options) -> None:
         for value in values:
             if not low <= value <= high:
                 refuse(f"{flag} {value} is out of range", f"an integer from {low} to {high}")
-    for flag, value in (("--steps", o.steps), ("--repeats", o.repeats), ("--tpf-prompts", o.tpf_prompts)):
-        if value < 1:
-            refuse(f"{flag} {value} is out of range", "an integer >= 1")
+    for flag, value, low in (("--steps", o.steps, 1), ("--repeats", o.repeats, 1), ("--tpf-prompts", o.tpf_prompts, 0)):
+        if value < low:
+            refuse(f"{flag} {value} is out of range", f"an integer >= {low}")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if o.clock == CPU and (threads != "1" or o.method != TIMERS):
+        refuse(f"--clock {CPU} with OMP_NUM_THREADS={threads} and --method {o.method}", f"OMP_NUM_THREADS=1 and {TIMERS}, or --clock {WALL}")
     if o.acceptance is not None and not 0 <= o.acceptance <= 1:
         refuse(f"--acceptance {o.acceptance} is out of range", "a share from 0 to 1")
     for stride, value in o.tpf.items():

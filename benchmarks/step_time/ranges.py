@@ -9,6 +9,7 @@ ops run in the calling thread, that is the answer; on a GPU it says when steps b
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -25,16 +26,16 @@ class Recorder:
         rows, columns: of the current step, filled in while it runs.
     """
 
-    def __init__(self, path: str):
-        self._file = open(path, "a", buffering=1)
+    def __init__(self, path: str, now: Callable[[], int] = time.perf_counter_ns):
+        self._file, self._now = open(path, "a", buffering=1), now
         self._spent = dict.fromkeys(PARTS, 0)
-        self._part, self._since = HOST, time.perf_counter_ns()
+        self._part, self._since = HOST, now()
         self._step: tuple[int, int, int] | None = None
         self.rows, self.columns = 0, -1
 
     def switch(self, part: str) -> str:
         """Charge ``part`` from now on; the part charged so far."""
-        now = time.perf_counter_ns()
+        now = self._now()
         self._spent[self._part] += now - self._since
         self._since, before, self._part = now, self._part, part
         return before
@@ -87,12 +88,16 @@ def _wrap(owner, name: str, recorder: Recorder, part: str) -> None:
 
 
 def install(config: dict) -> None:
-    """The factory that ``--forward-hooks`` names; ``config["path"]`` is the file of records. Registers no module hook."""
+    """The factory that ``--forward-hooks`` names. Registers no module hook.
+
+    Args:
+        config: ``path`` of the records; ``clock``, ``wall`` or ``cpu``: this thread's own processor time.
+    """
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().tp_rank != 0:
         return
-    recorder = Recorder(config["path"])
+    recorder = Recorder(config["path"], time.thread_time_ns if config["clock"] == "cpu" else time.perf_counter_ns)
     scheduler, runner, target, isd = engine()
     for owner, name, part in functions():
         _wrap(owner, name, recorder, part)

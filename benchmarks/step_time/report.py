@@ -41,7 +41,8 @@ def model(run: dict) -> str:
     options = run["options"]
     dims = ", ".join(f"{name} {value}" for name, value in options.get("dims", {}).items())
     greedy = options.get("sampling", {"temperature": 0}) == {"temperature": 0}
-    return options["model"] + (f" with {dims}" if dims else "") + ("" if greedy else f", {options['sampling']}")
+    clock = ", processor time of one thread" if options.get("clock") == "cpu" else ""
+    return options["model"] + clock + (f" with {dims}" if dims else "") + ("" if greedy else f", {options['sampling']}")
 
 
 def points(rows: Sequence[dict]) -> list[Point]:
