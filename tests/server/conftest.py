@@ -1,5 +1,9 @@
 """Real servers for the tests: SGLang started by its own command, spoken to over HTTP."""
 
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
 from tests.server.harness import CHECKPOINT, Server
@@ -8,52 +12,85 @@ from tests.server.harness import CHECKPOINT, Server
 SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3", "--enable-response-store")
 
 
+_EARLY = pytest.StashKey[dict]()
+_ENOUGH = 200  # other tests, behind which a server can start unnoticed
+
+
+def pytest_collection_finish(session):
+    """Start the shared servers, one after the other, while the tests run that need none."""
+    needed = [name for name in _SHARED if any(name in getattr(item, "fixturenames", ()) for item in session.items)]
+    others = sum("tests/server" not in str(item.path) for item in session.items)
+    if not needed or others < _ENOUGH or session.config.option.collectonly:
+        return
+    directory = Path(tempfile.mkdtemp(prefix="idlm-servers-"))
+    pool = ThreadPoolExecutor(1)
+    session.config.stash[_EARLY] = {name: pool.submit(lambda name=name: _SHARED[name](directory).started()) for name in needed}
+    pool.shutdown(wait=False)
+
+
+def pytest_unconfigure(config):
+    """What was started and never used ends, too."""
+    for future in config.stash.get(_EARLY, {}).values():
+        future.cancel()
+    for future in config.stash.get(_EARLY, {}).values():
+        if not future.cancelled() and future.exception() is None:
+            future.result().stop()
+
+
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory):
     return tmp_path_factory.mktemp("servers")
 
 
-@pytest.fixture(scope="session")
-def ar(logs):
+def _ar(logs):
     """Plain autoregressive serving of the embedded checkpoint, plugin loaded: the reference.
 
     Overlap is off: with it, SGLang counts tokens for penalties one step late.
     """
-    with Server("ar", CHECKPOINT, logs, "--disable-overlap-schedule", *SERVED) as server:
-        yield server
+    return Server("ar", CHECKPOINT, logs, "--disable-overlap-schedule", *SERVED)
 
 
-@pytest.fixture(scope="session")
-def isd(logs):
+def _isd(logs):
     """ISD with the overlap schedule; requests choose their stride. SGLang poisons stale reads."""
     env = {"IDLM_MAX_STRIDE": "16", "SGLANG_IS_IN_CI": "1"}
-    with Server("isd", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *SERVED, env=env) as server:
-        yield server
+    return Server("isd", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *SERVED, env=env)
 
 
-@pytest.fixture(scope="session")
-def isd_rejection(logs):
+def _isd_rejection(logs):
     """ISD with the paper's p/q rule for sampled requests without a seed; streams carry increments, every step is logged."""
     env = {"IDLM_MAX_STRIDE": "8", "IDLM_SAMPLING_RULE": "rejection", "SGLANG_IS_IN_CI": "1"}
     flags = ["--speculative-algorithm", "ISD", "--enable-metrics", "--incremental-streaming-output", "--decode-log-interval", "1"]
-    with Server("isd_rejection", CHECKPOINT, logs, *flags, env=env) as server:
-        yield server
+    return Server("isd_rejection", CHECKPOINT, logs, *flags, env=env)
 
 
-@pytest.fixture(scope="session")
-def isd_sync(logs):
+def _isd_sync(logs):
     """ISD without overlap, pages of 16, chunked prefill of 32 mixed with decoding."""
     flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk", *SERVED]
-    with Server("isd_sync", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env={"IDLM_MAX_STRIDE": "8"}) as server:
-        yield server
+    return Server("isd_sync", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env={"IDLM_MAX_STRIDE": "8"})
 
 
-@pytest.fixture(scope="session")
-def isd_tight(logs):
+def _isd_tight(logs):
     """ISD with overlap and mixed chunks, on a KV pool far too small for its load: requests are retracted."""
     flags = ["--max-total-tokens", "1200", "--chunked-prefill-size", "32", "--enable-mixed-chunk", "--max-running-requests", "24"]
     # Admit as if answers were short: the pool then runs full in the middle of them.
     flags += ["--schedule-conservativeness", "0.05"]
     env = {"IDLM_MAX_STRIDE": "8", "SGLANG_IS_IN_CI": "1"}
-    with Server("isd_tight", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env) as server:
-        yield server
+    return Server("isd_tight", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env)
+
+
+_SHARED = {"ar": _ar, "isd": _isd, "isd_sync": _isd_sync, "isd_rejection": _isd_rejection, "isd_tight": _isd_tight}
+
+
+def _shared(name):
+    """A server for the whole session, started in the background where :func:`pytest_collection_finish` saw the need."""
+
+    def fixture(logs, pytestconfig):
+        early = pytestconfig.stash.get(_EARLY, {}).get(name)
+        with early.result() if early else _SHARED[name](logs) as server:
+            yield server
+
+    fixture.__doc__ = _SHARED[name].__doc__
+    return pytest.fixture(scope="session", name=name)(fixture)
+
+
+ar, isd, isd_sync, isd_rejection, isd_tight = map(_shared, ("ar", "isd", "isd_sync", "isd_rejection", "isd_tight"))

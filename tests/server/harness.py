@@ -44,6 +44,10 @@ class Server:
         self.process = None
 
     def __enter__(self):
+        return self if self.process else self.started()
+
+    def started(self):
+        """The server once it answers; who starts it this way ends it by :meth:`stop`."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(self.command, env=self.env, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + START_SECONDS
@@ -57,10 +61,13 @@ class Server:
                 pass
             time.sleep(0.5)
         tail = self.log.read_text(errors="replace")[-4000:]
-        self.__exit__()
+        self.stop()
         raise RuntimeError(f"server did not start: {' '.join(self.command)}\n{tail}")
 
     def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
         # The server and its children share one process group, which nothing else is in.
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
