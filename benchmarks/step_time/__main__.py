@@ -42,17 +42,15 @@ def measure(options: Options) -> None:
     # On a CPU idle servers sleep, and arms that alternate see the same machine. A GPU's memory holds one at a time.
     groups = [[arms.AR], [arms.ISD]] if accelerator_available() else [[arms.AR, arms.ISD]]
     run = store.new_run(options, command_line())
-    rows, tpf = [], {}
     with tempfile.TemporaryDirectory(prefix="step_time-") as folder:
         for kinds in groups:
             with ExitStack() as stack:
                 served = {kind: stack.enter_context(arms.arm(kind, options, Path(folder))) for kind in kinds}
+                if arms.ISD in served:
+                    store.add(options.out, run, [], _tokens_per_forward(options, served[arms.ISD]))
                 for context in options.contexts:
                     for batch in options.batches:
-                        rows += _points(options, served, batch, context, run["id"])
-                if arms.ISD in served:
-                    tpf = _tokens_per_forward(options, served[arms.ISD])
-    store.add(options.out, run, rows, tpf)
+                        store.add(options.out, run, _points(options, served, batch, context, run["id"]), {})
 
 
 def _points(options: Options, served: dict[str, arms.Arm], batch: int, context: int, run: str) -> list[dict]:

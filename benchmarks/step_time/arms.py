@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,7 @@ def arm(kind: str, options: Options, folder: Path) -> Iterator[Arm]:
     hook = {"name": "step_time", "target_modules": ["*"], "hook_factory": HOOK, "config": {"path": str(folder / "records.csv"), "clock": options.clock}}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with running(flags(kind, options, folder) + ["--forward-hooks", json.dumps([hook])], env={"PYTHONPATH": path}, log=folder / LOG, radix=True) as url:
+        print(f"  {kind} serves at {url}", file=sys.stderr, flush=True)
         found = Arm(url, folder, options)
         for batch in (1, min(8, max(options.batches))):
             found.decode(prompts(options, batch, min(options.contexts)), 16)

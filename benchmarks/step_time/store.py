@@ -42,16 +42,16 @@ def read(folder: Path) -> dict:
 
 
 def add(folder: Path, run: dict, rows: list[dict], tpf: dict[int, dict]) -> None:
-    """Keep a run's rows; they replace older ones of the same batch and context, all arms, so that arms compared ran together."""
+    """Keep rows of a run; they replace older runs' of the same batch and context, all arms, so that arms compared ran together."""
     folder.mkdir(parents=True, exist_ok=True)
     old = read(folder) if (folder / RAW).is_file() else {"rows": [], "runs": [], "tpf": {}}
     points = {(row["batch"], row["context"]) for row in rows}
-    rows = [row for row in old["rows"] if (row["batch"], row["context"]) not in points] + rows
+    rows = [row for row in old["rows"] if row["run"] == run["id"] or (row["batch"], row["context"]) not in points] + rows
     rows.sort(key=lambda row: (row["context"], row["batch"], row["arm"] != "AR", len(row["arm"]), row["arm"], row["repeat"]))
     with (folder / RAW).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     used = {row["run"] for row in rows}
-    runs = [r for r in (*old["runs"], run) if r["id"] in used]
+    runs = [r for r in old["runs"] if r["id"] in used and r["id"] != run["id"]] + [run]
     (folder / RUNS).write_text(json.dumps({"runs": runs, "tpf": old["tpf"] | tpf}, indent=1) + "\n")
