@@ -23,7 +23,7 @@ from benchmarks.kernels.harness import Case as Measured
 LAYERS = 4
 # (query heads, KV heads, head dim, layers with their own KV): the embedded model, and Qwen3-8B's heads.
 SHAPES = {"demo": (4, 2, 64, 4), "8b": (32, 8, 128, 1)}
-BATCHES, CONTEXTS, WIDTHS = (1, 8, 64), (64, 512, 2048), (3, 7, 15)
+BATCHES, CONTEXTS, WIDTHS = (1, 8, 64), (128, 2048), (3, 7, 15)
 STOCK_VERIFY_COLUMNS = 4096
 
 
