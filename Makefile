@@ -1,5 +1,5 @@
 # Needs: make, Python 3.11 or 3.12, pip. Everything else is installed into VENV at the versions of constraints.txt.
-#   make serve PORT=31000 ARGS="--stride 8"       make test ARGS="tests/isd -k noise"       VENV=/path/to/an/environment
+#   make serve PORT=31000 ARGS="--stride 8"       make test ARGS="tests/isd -k noise"       make bench ARGS=--quick       VENV=/path/to/an/environment
 
 # The pinned packages have wheels for these versions (outlines_core has none for 3.13).
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.idlm-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test clean
+.PHONY: help install serve check test bench clean
 
 help: ## list the targets
 	@echo "make TARGET [PORT=$(PORT)] [HOST=$(HOST)] [MODEL=checkpoint] [ARGS=...] [VENV=$(VENV)] [PYTHON=python3]"
@@ -30,6 +30,9 @@ check: $(STAMP) ## say whether this environment can serve
 
 test: $(STAMP) ## run the tests
 	@exec "$(BIN)/python" -m pytest $(ARGS)
+
+bench: $(STAMP) ## compare AR and ISD under load (ARGS=--quick for a first look)
+	@exec "$(BIN)/idlm" bench $(if $(MODEL),"$(MODEL)") $(ARGS)
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist .pytest_cache .hypothesis *.egg-info
