@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from idlm_sglang.config import DEFAULT_STRIDE, MAX_STRIDE, SettingError, whole_number
@@ -13,6 +14,9 @@ STOCK, AR, ISD, URL = "stock", "ar", "isd", "url"
 
 # SGLang's own class for the architecture; stock SGLang knows no I-DLM, and serves another model under SDAR's name.
 _STOCK_CLASS = {"IDLMForCausalLM": "Qwen3ForCausalLM", "SDARForCausalLM": "Qwen3ForCausalLM"}
+
+# What every arm gets from here.
+_SET_HERE = ("--host", "--port", "--max-running-requests", "--stride", "--ar", "--selfcheck")
 
 ALLOWED = "stock, ar, isd, isd:N or a URL, with a name in front (NAME=...) where SGLang flags follow"
 
@@ -46,19 +50,27 @@ def parse(text: str) -> Arm:
     name, separator, base = first.partition("=")
     if not separator or "://" in name:
         name, base = first, first
-    if not name:
-        raise SettingError(f"{shown} has an empty name; allowed: {ALLOWED}")
+    if not name or "|" in name:
+        raise SettingError(f"{shown} has no name that a table can hold; allowed: {ALLOWED}")
     if flags and not separator:
         raise SettingError(f"{shown} has flags of its own and no name; allowed: NAME={text}")
     if base.startswith(("http://", "https://")):
         if flags:
             raise SettingError(f"{shown} is running already, flags cannot reach it; allowed: the URL alone")
         return Arm(name, URL, url=base.rstrip("/").removesuffix("/v1"))
+    refuse_own(shown, flags)
     kind, _, stride = base.partition(":")
     if kind not in (STOCK, AR, ISD) or (stride and kind != ISD) or base.endswith(":"):
         raise SettingError(f"{shown} is not known; allowed: {ALLOWED}")
     number = whole_number(f"{shown}: stride {stride}", stride, 1, MAX_STRIDE) if stride else DEFAULT_STRIDE
     return Arm(name, kind, number if kind == ISD else None, tuple(flags))
+
+
+def refuse_own(shown: str, flags: list[str]) -> None:
+    """Raise :class:`SettingError` for a flag that is set here for every arm."""
+    for flag in flags:
+        if flag.partition("=")[0] in _SET_HERE:
+            raise SettingError(f"{shown} sets {flag}, which is set here for every arm; allowed: other flags of SGLang")
 
 
 def parse_all(texts: list[str]) -> list[Arm]:
@@ -81,11 +93,17 @@ def command(arm: Arm, model: Path | str, embedded: bool, common: tuple[str, ...]
     flags = ["--host", "127.0.0.1", "--port", str(port), *common, *arm.flags]
     if arm.kind == STOCK:
         named = ["--dtype", "float32", "--served-model-name", DEMO_NAME] if embedded else []
-        served = stock_checkpoint(Path(model), scratch) if Path(model).is_dir() else model
-        # The CPU platform is needed to run at all where there is no accelerator; nothing of the plugin's own is loaded.
-        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *named, *flags], {"SGLANG_PLUGINS": "idlm_cpu"}
+        # A dLLM of SGLang's own reads the published architecture as what it is.
+        own = "--dllm-algorithm" in arm.flags
+        served = model if own or not Path(model).is_dir() else stock_checkpoint(Path(model), scratch)
+        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *named, *flags], {"SGLANG_PLUGINS": _other_plugins()}
     own = ["--ar"] if arm.kind == AR else ["--stride", str(arm.stride), "--selfcheck", "0"]
     return [sys.executable, "-P", "-m", "idlm_sglang.serving.cli", "serve", str(model), *own, "--verbose", *flags], {}
+
+
+def _other_plugins() -> str:
+    """All of SGLang's plugins here but ISD: others' kernels, and the CPU platform's share, without which nothing runs where there is no accelerator."""
+    return ",".join(sorted({point.name for point in entry_points(group="sglang.srt.plugins")} - {"idlm"}))
 
 
 def stock_checkpoint(model: Path, scratch: Path) -> Path:

@@ -8,6 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 _IDLM = "idlm:"
 _VERIFIES = "sglang:spec_verify_calls_total"
 _GENERATED = "sglang:generation_tokens_total"
+_RETRACTED = "sglang:num_retracted_requests_total"
+RETRACTED = (_RETRACTED, "")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Counts(Counter):
         super().__init__()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name.startswith(_IDLM) or sample.name in (_VERIFIES, _GENERATED):
+                if sample.name.startswith(_IDLM) or sample.name in (_VERIFIES, _GENERATED, _RETRACTED):
                     self[sample.name, sample.labels.get("position") or sample.labels.get("kind") or ""] += sample.value
 
     def since(self, before: "Counts") -> "Counts":
@@ -51,11 +53,14 @@ class Counts(Counter):
         return found
 
 
-def decoding(counts: Counts, stride: int | None, algorithm: str | None, draft_tokens: int | None) -> Decoding | None:
+def decoding(counts: Counts, answers: int, stride: int | None, algorithm: str | None, draft_tokens: int | None) -> Decoding | None:
     """Figures of the counts of one point; None where the server has no counters for its algorithm.
 
-    ``stride``: N of an ISD server. ``algorithm``: what else is speculative there, None for AR. ``draft_tokens``: rows it verifies per request.
+    ``answers``: finished in this point. ``stride``: N of an ISD server. ``algorithm``: what else decodes several tokens at a time there, None for
+    AR. ``draft_tokens``: rows it verifies per request.
     """
+    if any(value < 0 for value in counts.values()):
+        return None  # a server that was restarted, or another one behind the same address
     if stride is not None:
         rounds = {kind: counts["idlm:rounds_total", kind] for kind in ("verify", "cold", "single")}
         total = sum(rounds.values())
@@ -79,5 +84,6 @@ def decoding(counts: Counts, stride: int | None, algorithm: str | None, draft_to
     verifies = counts[_VERIFIES, ""]
     if not verifies or not draft_tokens:
         return None
-    tpf = counts[_GENERATED, ""] / verifies
+    # An answer's first token comes from its prefill.
+    tpf = (counts[_GENERATED, ""] - answers) / verifies
     return Decoding(tpf, draft_tokens, tpf**2 / draft_tokens)

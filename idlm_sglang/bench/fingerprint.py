@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from idlm_sglang.bench.options import masked
 from idlm_sglang.bench.servers import Served
 from idlm_sglang.serving.device import device_name
 
@@ -36,11 +37,12 @@ def server(served: Served) -> dict[str, Any]:
     return {
         "kind": served.arm.kind,
         "stride": state.get("idlm", {}).get("stride"),
-        "command": served.command,
+        "command": masked(served.command),
         "environ": served.environ,
         "url": served.arm.url,
         "running_limit": served.running_limit(),
         "model_path": served.get("/model_info").get("model_path"),
+        "kv_tokens": info.get("max_total_num_tokens") or state.get("memory_usage", {}).get("token_capacity"),
         "flags": {name: info[name] for name in _FLAGS if name in info},
     }
 

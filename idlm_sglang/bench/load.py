@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from idlm_sglang.bench import prompts
-from idlm_sglang.bench.decoding import Counts, decoding
+from idlm_sglang.bench.decoding import RETRACTED, Counts, decoding
 from idlm_sglang.bench.servers import BenchError, Served
+from idlm_sglang.compat.client import Streamed, serve_load
 
 # Of the load generator's result: what says more than its arguments.
 _KEPT = ("duration", "completed", "total_input_tokens", "total_output_tokens", "total_output_tokens_retokenized", "output_throughput", "mean_itl_ms")
+_FINISHED = ("stop", "length", "tool_calls")
 _STEADY = 0.9  # share of the peak concurrency above which the load counts as steady
 
 
@@ -39,22 +41,25 @@ def measure(served: Served, point: Point, requests: list[prompts.Request], token
     file = scratch / "requests.jsonl"
     before_load = os.getloadavg()[0]
     if not warm:
-        # A load of its own, so that neither the warm-up's time nor its counts are in the point.
+        # Requests of their own, so that neither the warm-up's time nor its counts are in the point.
         _drive(served, point, requests[: max(point.concurrency, 4)], tokenizer, file, log)
     before = Counts(served.metrics())
     started = time.time()
-    result, outputs, rows, loaded = _drive(served, point, requests, tokenizer, file, log)
+    result, outputs, rows, loaded, streamed = _drive(served, point, requests, tokenizer, file, log)
     counts = Counts(served.metrics()).since(before)
-    _check_lengths(point, requests, outputs, result)
+    if counts[RETRACTED]:
+        raise BenchError(f"{_where(point)}: {counts[RETRACTED]:.0f} requests were retracted, the KV pool is too small for this load; raise --max-total-tokens or --mem-fraction-static")
     info = served.get("/server_info")
     stride = (info.get("internal_states") or [{}])[0].get("idlm", {}).get("stride")
-    found = decoding(counts, stride, info.get("speculative_algorithm"), info.get("speculative_num_draft_tokens"))
+    other = info.get("speculative_algorithm") or info.get("dllm_algorithm")
+    found = decoding(counts, len(outputs), stride, other, info.get("speculative_num_draft_tokens"))
     first = min(o.start_time for o in outputs)
     return {
         "started": round(started, 3),
         "load_average": round(before_load, 2),
         "serving": {key: result[key] for key in _KEPT},
         "steady": _steady(outputs, loaded, rows),
+        "finished": dict(streamed.finished),
         "decoding": found.as_dict() if found else None,
         "requests": {
             "start": [round(o.start_time - first, 5) for o in outputs],
@@ -68,8 +73,6 @@ def measure(served: Served, point: Point, requests: list[prompts.Request], token
 
 
 def _drive(served: Served, point: Point, requests: list[prompts.Request], tokenizer: str, file: Path, log: Path):
-    from idlm_sglang.compat.client import serve_load
-
     prompts.write(requests, file)
     name = served.get("/v1/models")["data"][0]["id"]
     words = ["--backend", "sglang-oai-chat", "--base-url", served.url, "--model", tokenizer, "--tokenizer", tokenizer, "--served-model-name", name]
@@ -77,33 +80,32 @@ def _drive(served: Served, point: Point, requests: list[prompts.Request], tokeni
     words += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm", "--output-details", "--output-file", os.devnull]
     with log.open("a") as told, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         try:
-            return serve_load(words, lambda outputs: _check_answers(point, len(requests), outputs))
+            return serve_load(words, lambda outputs, streamed: _check_answers(point, len(requests), outputs, streamed))
         except SystemExit as end:
-            if isinstance(end.code, str):
+            # Our own refusals, and the end that a signal asked for.
+            if isinstance(end.code, str) or (end.code or 0) > 128:
                 raise
             raise BenchError(f"SGLang's load generator gave up on arm {served.arm.name} (exit code {end.code}); its words are in {log}") from None
         except Exception as error:
-            raise BenchError(f"SGLang's load generator failed on arm {served.arm.name} ({type(error).__name__}: {error}); its words are in {log}") from error
+            raise BenchError(f"SGLang's load generator failed on arm {served.arm.name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); its words are in {log}") from error
 
 
 def _where(point: Point) -> str:
     return f"arm {point.arm} at concurrency {point.concurrency}, temperature {point.temperature:g}"
 
 
-def _check_answers(point: Point, asked: int, outputs: list) -> None:
+def _check_answers(point: Point, asked: int, outputs: list, streamed: Streamed) -> None:
+    """Every answer came, ended as an answer ends, and told its length. SGLang sends some errors as an event behind HTTP 200."""
     if len(outputs) != asked:
         raise BenchError(f"{_where(point)}: {asked} requests were asked and {len(outputs)} answered")
-    failed = [o for o in outputs if not o.success]
+    failed = [(o.error.strip().splitlines() or ["no reason given"])[-1] for o in outputs if not o.success] + streamed.errors
     if failed:
-        reason = (failed[0].error.strip().splitlines() or ["no reason given"])[-1][:300]
-        raise BenchError(f"{_where(point)}: {len(failed)} of {len(outputs)} answers are errors, the first: {reason}")
-
-
-def _check_lengths(point: Point, requests: list[prompts.Request], outputs: list, result: dict) -> None:
-    # A server that reports no usage would show the length asked for, everywhere.
-    told = [o.output_len for o in outputs]
-    if told == [r.get("max_tokens") for r in requests] and result["total_output_tokens_retokenized"] < 0.5 * sum(told):
-        raise BenchError(f"{_where(point)}: the server does not say how long its streamed answers are (usage)")
+        raise BenchError(f"{_where(point)}: {len(failed)} of {len(outputs)} answers are errors, the first: {failed[0][:300]}")
+    unusual = {reason: count for reason, count in streamed.finished.items() if reason not in _FINISHED}
+    if unusual or streamed.finished.total() != asked:
+        raise BenchError(f"{_where(point)}: {asked} answers ended as {dict(streamed.finished)}; allowed: {', '.join(_FINISHED)}")
+    if streamed.usages < asked:
+        raise BenchError(f"{_where(point)}: {streamed.usages} of {asked} streamed answers say how long they are (usage)")
 
 
 def _steady(outputs: list, tokenizer: Any, rows: list) -> dict[str, float]:

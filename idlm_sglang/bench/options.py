@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idlm_sglang.bench.arms import URL, Arm, parse_all
+from idlm_sglang.bench.arms import URL, Arm, parse_all, refuse_own
 from idlm_sglang.config import SettingError, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR
 
@@ -32,7 +34,11 @@ An arm is [NAME=]BASE [SGLang flags], BASE one of
   stock        SGLang without the plugin, one token per forward
   ar           the same with the plugin loaded (idlm serve --ar)
   isd, isd:N   ISD at the default stride, or at stride N
-  http://...   a server that runs already; it should have a device of its own"""
+  http://...   a server that runs already; it should have a device of its own and no other clients. Its prefix cache is emptied
+               before each measurement
+
+On a CPU all arms stay up and take turns load by load. On a GPU, whose memory holds one of them, each is started alone for every
+repeat; --together and --alone say otherwise."""
 
 _EPILOG = """\
 examples:
@@ -42,13 +48,14 @@ examples:
   idlm bench --arm stock --arm "ngram=stock --speculative-algorithm NGRAM --speculative-num-draft-tokens 8" --arm isd:4
   idlm bench --arm a=http://10.0.0.1:30000 --arm b=http://10.0.0.2:30000 --tokenizer /models/I-DLM-8B
 
-The same command with the same --out goes on where an earlier run stopped.
+The same command with the same --out goes on where an earlier run stopped, also with more repeats, loads or temperatures.
 exit code: 0 measured, 1 an arm failed, answered with errors or admits too few requests, 2 words that are not understood."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `idlm bench` was asked for. ``body`` holds the request fields of every point, ``sampling`` those added at T > 0."""
+    """What `idlm bench` was asked for. ``body`` holds the request fields of every point, ``sampling`` those added at T > 0;
+    ``alone`` is None where the device decides."""
 
     model: str
     embedded: bool
@@ -65,6 +72,8 @@ class Options:
     server_flags: tuple[str, ...]
     tokenizer: str
     start_seconds: float
+    alone: bool | None
+    api_key: str | None
     out: Path
     command: str
 
@@ -90,6 +99,9 @@ def parser(cls: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     option("--ignore-eos", action="store_true", help="all answers of --max-tokens (default: answers end where the model ends them)")
     option("--seed", metavar="N", default="1", help="of the requests drawn and of their sampling (default 1)")
     option("--server-flags", metavar="FLAGS", default="", help="SGLang flags for every arm that is started, in one word")
+    option("--together", action="store_true", help="all arms stay up (give each its --mem-fraction-static or --base-gpu-id)")
+    option("--alone", action="store_true", help="one arm at a time is up, for a whole repeat")
+    option("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
     option("--tokenizer", metavar="PATH", help="the checkpoint's directory, where MODEL is not it")
     option("--start-seconds", metavar="S", default=str(_START_SECONDS), help=f"time for an arm to start (default {_START_SECONDS})")
     option("--out", metavar="DIR", type=Path, help="where results go (default: a new idlm-bench-... here)")
@@ -99,10 +111,16 @@ def parser(cls: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 def resolve(own: argparse.Namespace, words: Sequence[str]) -> Options:
     """Raises :class:`SettingError`: one line that names the setting, its value and what is allowed."""
     model = own.model or str(CHECKPOINT_DIR)
-    embedded = Path(model).is_dir() and Path(model).resolve() == CHECKPOINT_DIR
     if own.model and not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise SettingError(f"MODEL {model} does not exist; allowed: a checkpoint's directory or a repository's owner/name")
     arms = parse_all(own.arm or list(_ARMS))
+    started = [arm for arm in arms if arm.kind != URL]
+    embedded = bool(started) and Path(model).is_dir() and Path(model).resolve() == CHECKPOINT_DIR
+    if not started and own.model is None and own.tokenizer is None:
+        raise SettingError("all arms run already, and nothing says whose prompts to count; allowed: with --tokenizer, the checkpoint's directory")
+    tokenizer = own.tokenizer or model
+    if own.tokenizer and not (Path(tokenizer) / "tokenizer_config.json").is_file():
+        raise SettingError(f"--tokenizer {tokenizer} holds no tokenizer_config.json; allowed: a checkpoint's directory")
     temperatures = tuple(_temperature(text) for text in own.temperature) if own.temperature else _TEMPERATURES
     concurrencies = tuple(_number("--concurrency", text, 1) for text in own.concurrency) if own.concurrency else (_QUICK_CONCURRENCIES if own.quick else _CONCURRENCIES)
     for flag, values in (("--temperature", temperatures), ("--concurrency", concurrencies)):
@@ -113,8 +131,14 @@ def resolve(own: argparse.Namespace, words: Sequence[str]) -> Options:
     for taken in ("temperature", "seed", "stream_options", "messages", "model", *body):
         if taken in sampling:
             raise SettingError(f"--sampling names {taken}, which is set here; allowed: other fields of a chat request")
-    flags = tuple(shlex.split(own.server_flags))
-    if flags and all(arm.kind == URL for arm in arms):
+    if own.together and own.alone:
+        raise SettingError("--together and --alone were both given; allowed: one of them")
+    try:
+        flags = tuple(shlex.split(own.server_flags))
+    except ValueError as error:
+        raise SettingError(f"--server-flags {own.server_flags!r} is not valid ({error}); allowed: flags of SGLang") from None
+    refuse_own(f"--server-flags {own.server_flags!r}", list(flags))
+    if flags and not started:
         raise SettingError(f"--server-flags {own.server_flags!r} reaches no arm, all run already; allowed: without it")
     out = own.out or Path(f"idlm-bench-{time.strftime('%Y%m%d-%H%M%S')}")
     return Options(
@@ -131,11 +155,20 @@ def resolve(own: argparse.Namespace, words: Sequence[str]) -> Options:
         sampling=sampling,
         seed=_number("--seed", own.seed, 0),
         server_flags=flags,
-        tokenizer=own.tokenizer or model,
+        tokenizer=tokenizer,
         start_seconds=float(_number("--start-seconds", own.start_seconds, 1)),
+        alone=True if own.alone else False if own.together or not started else None,
+        api_key=own.api_key or os.environ.get("API_KEY"),
         out=out,
-        command=shlex.join(["idlm", "bench", *words]),
+        command=shlex.join(masked(["idlm", "bench", *words])),
     )
+
+
+def masked(words: list[str] | None) -> list[str] | None:
+    """A command without its keys; None for None."""
+    if words is None:
+        return None
+    return ["***" if before.endswith("api-key") else re.sub(r"(api-key[= ])\S+", r"\1***", word) for before, word in zip(["", *words], words)]
 
 
 def _number(flag: str, text: str, low: int) -> int:

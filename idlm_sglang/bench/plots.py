@@ -120,11 +120,11 @@ def _acceptance(cells: Sequence[Cell], colours: dict[str, str]):
     figure, grid = _panels(len(temperatures))
     for axes, temperature in zip(grid[0], temperatures):
         for arm in dict.fromkeys(c.arm for c in some):
-            mine = [c for c in some if (c.arm, c.temperature) == (arm, temperature)]
-            for i, c in enumerate(mine):
-                rates = [a / p for a, p in zip(c.decoding["accepted"], c.decoding["proposed"]) if p]
-                shade = 0.35 + 0.65 * (i + 1) / len(mine)
-                axes.plot(range(1, len(rates) + 1), rates, "o-", color=colours[arm], alpha=shade, label=f"{arm}, C = {c.concurrency}", markersize=4)
+            mine = [c.decoding for c in some if (c.arm, c.temperature) == (arm, temperature)]
+            # The load changes who waits, not what a draft is worth: all concurrencies together.
+            accepted, proposed = ([sum(column) for column in zip(*(d[key] for d in mine))] for key in ("accepted", "proposed"))
+            rates = [a / p for a, p in zip(accepted, proposed) if p]
+            axes.plot(range(1, len(rates) + 1), rates, "o-", color=colours[arm], label=arm, markersize=4)
         longest = max(len(c.decoding["proposed"]) for c in some)
         axes.set_xticks(range(1, longest + 1))
         axes.set_ylim(0, 1)
@@ -132,5 +132,5 @@ def _acceptance(cells: Sequence[Cell], colours: dict[str, str]):
         axes.set_xlabel("position behind the pending token")
         axes.set_ylabel("drafts accepted / verified")
         axes.set_title(f"T = {temperature:g}", fontsize=10)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend()
     return figure

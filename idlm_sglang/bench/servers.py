@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,35 +54,43 @@ class Served:
     def running_limit(self) -> int:
         """Requests that the server decodes at a time, all data-parallel ranks together."""
         info = self.get("/server_info")
-        states = info.get("internal_states") or [{}]
-        per_rank = states[0].get("effective_max_running_requests_per_dp") or info.get("max_running_requests")
+        per_rank = (info.get("internal_states") or [{}])[0].get("effective_max_running_requests_per_dp")
         if per_rank is None:
             raise BenchError(f"arm {self.arm.name} does not say how many requests it decodes at a time (/server_info); is it SGLang?")
         return int(per_rank) * int(info.get("dp_size") or 1)
 
 
-def check_limits(served: Sequence[Served], concurrency: int) -> None:
+def check_limit(one: Served, concurrency: int) -> None:
     """Raise :class:`BenchError` for an arm that would queue at this concurrency, where another would not."""
-    for one in served:
-        limit = one.running_limit()
-        if limit < concurrency:
-            raise BenchError(f"arm {one.arm.name} decodes at most {limit} requests at a time, below the concurrency {concurrency}; raise its --max-running-requests")
+    limit = one.running_limit()
+    if limit < concurrency:
+        raise BenchError(f"arm {one.arm.name} decodes at most {limit} requests at a time, below the concurrency {concurrency}; raise its --max-running-requests")
 
 
 class Servers(ExitStack):
     """Starts arms; what it started ends with it.
 
-    All stay up during the comparison, so that measurements can alternate. An idle one sleeps (``--sleep-on-idle``) and
-    does not take the cores from the one that is timed.
+    An idle one sleeps (``--sleep-on-idle``) and does not take the cores from the one that is timed. With ``alone`` at most one that
+    was started is up at a time: what :meth:`served` starts ends the one before.
     """
 
-    def __init__(self, model: Path | str, embedded: bool, common: tuple[str, ...], scratch: Path, logs: Path, start_seconds: float):
+    def __init__(self, model: Path | str, embedded: bool, common: tuple[str, ...], scratch: Path, logs: Path, start_seconds: float, alone: bool):
         super().__init__()
+        self._alone, self._up = alone, {}
         self._model, self._embedded, self._common = model, embedded, common
         self._scratch, self._logs, self._start_seconds = scratch, logs, start_seconds
 
+    def served(self, arm: Arm) -> Served:
+        """The arm, started if it is not up. Raises :class:`BenchError`."""
+        if arm.name not in self._up:
+            if self._alone:
+                self.close()
+                self._up.clear()
+            self._up[arm.name] = self.start(arm)
+        return self._up[arm.name]
+
     def start(self, arm: Arm) -> Served:
-        """The arm once it answers. Raises :class:`BenchError` with the last lines of its log."""
+        """One more server for the arm, once it answers. Raises :class:`BenchError` with the last lines of its log."""
         if arm.kind == URL:
             served = Served(arm, arm.url, None, {})
             served.get("/server_info")

@@ -1,7 +1,7 @@
 """Raw results as JSONL: a first line that says what was measured on what, then one line a point. Continued after a break."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ class Store:
     """
 
     def __init__(self, directory: Path):
+        """Raises :class:`SettingError` for a file that is none of `idlm bench`'s."""
         self.path = directory / FILE
         self.plan: dict[str, Any] | None = None
         self.fingerprints: list[dict[str, Any]] = []
@@ -43,18 +44,30 @@ class Store:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise SettingError(f"{self.path} line {number} is no result of `idlm bench`; allowed: another --out") from None
 
-    def begin(self, plan: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-        """Open for adding. Raises :class:`SettingError` where the directory holds another plan's results."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.plan is None:
-            self._add({"plan": plan})
-            self.plan = plan
-        elif self.plan != plan:
+    def begin(self, plan: dict[str, Any]) -> None:
+        """Open for adding. Raises :class:`SettingError` where the directory holds another plan's results, or cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.plan is None:
+                self._add({"plan": plan})
+                self.plan = plan
+        except OSError as error:
+            raise SettingError(f"--out {self.path.parent} cannot be written ({error.strerror}); allowed: a directory") from None
+        if self.plan != plan:
             changed = sorted(key for key in {*plan, *self.plan} if plan.get(key) != self.plan.get(key))
             raise SettingError(f"--out {self.path.parent} holds another comparison ({', '.join(changed)} differ); allowed: the same command, or another --out")
-        if not self.fingerprints or self.fingerprints[-1] != fingerprint:
-            self._add({"fingerprint": fingerprint})
-            self.fingerprints.append(fingerprint)
+
+    def drop_incomplete(self, arms: list[str]) -> None:
+        """Forget points of a load whose repeat was not measured for every arm: a ratio pairs what was measured in turn."""
+        for point in list(self.results):
+            twins = [replace(point, arm=arm) for arm in arms]
+            if not all(twin in self.results for twin in twins):
+                del self.results[point]
+
+    def told(self, fingerprint: dict[str, Any]) -> None:
+        """Versions, device and servers of the points that follow."""
+        self._add({"fingerprint": fingerprint})
+        self.fingerprints.append(fingerprint)
 
     def add(self, point: Point, result: dict[str, Any]) -> None:
         """One more point, on disk when this returns."""

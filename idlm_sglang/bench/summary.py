@@ -35,12 +35,13 @@ class Cell:
 
     Attributes:
         throughput: output tokens of all requests per second, from the first request sent to the last answer's end; median of the repeats.
-        steady: the same while the load was near its peak; median of the repeats.
+        steady: the same while at least 0.9 of the peak concurrency was there; NaN where that was less than half of the time, as it is at low concurrency.
         per_request: tokens of one answer over its whole latency, per second; median over requests.
         tpot, ttft, latency: seconds per token behind the first, to the first token, and of the whole answer: p50, p90, p99 over the requests of all repeats.
         decoding: tokens per forward, queries, acceptance; None where unknown.
         ratio: to the reference arm, None for itself.
         same: answers equal to the reference's, of ``of`` answers in both.
+        cut: share of the answers that ended at their longest length.
         requests: latencies of all requests in seconds, for a plot.
     """
 
@@ -58,6 +59,7 @@ class Cell:
     ratio: Ratio | None
     same: int
     of: int
+    cut: float
     requests: np.ndarray
 
 
@@ -93,7 +95,9 @@ def cells(results: dict[Point, dict[str, Any]], arms: list[str]) -> list[Cell]:
 def _cell(arm: str, temperature: float, concurrency: int, ours: dict[int, dict], reference: dict[int, dict], is_reference: bool) -> Cell:
     told = [r["requests"] for r in ours.values()]
     latency, ttft, tokens = (np.concatenate([np.asarray(t[key], float) for t in told]) for key in ("latency", "ttft", "tokens"))
-    several = tokens > 1
+    # An answer without text has no time to its first.
+    ttft = np.where(ttft > 0, ttft, math.nan)
+    several = (tokens > 1) & ~np.isnan(ttft)
     tpot = (latency[several] - ttft[several]) / (tokens[several] - 1)
     shared = sorted(ours.keys() & reference.keys())
     pairs = [pair for r in shared for pair in zip(ours[r]["requests"]["answer"], reference[r]["requests"]["answer"], strict=True)]
@@ -103,17 +107,22 @@ def _cell(arm: str, temperature: float, concurrency: int, ours: dict[int, dict],
         concurrency,
         len(ours),
         float(np.median([throughput(r) for r in ours.values()])),
-        float(np.median([r["steady"]["output_throughput"] for r in ours.values()])),
+        float(np.median([r["steady"]["output_throughput"] for r in ours.values()])) if all(map(_mostly_steady, ours.values())) else math.nan,
         float(np.median(tokens / latency)),
         _percentiles(tpot),
-        _percentiles(ttft),
+        _percentiles(ttft[~np.isnan(ttft)]),
         _percentiles(latency),
         _together([r["decoding"] for r in ours.values()]),
         None if is_reference or not shared else ratio([throughput(ours[r]) for r in shared], [throughput(reference[r]) for r in shared]),
         sum(a == b for a, b in pairs),
         len(pairs),
+        sum(r["finished"].get("length", 0) for r in ours.values()) / len(tokens),
         np.sort(latency),
     )
+
+
+def _mostly_steady(result: dict[str, Any]) -> bool:
+    return result["steady"]["seconds"] > 0.5 * result["serving"]["duration"]
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float, float]:
@@ -136,6 +145,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def findings(found: list[Cell], reference: str) -> list[str]:
     """One sentence per arm and temperature: where it is faster, slower, or cannot be told apart from the reference."""
     lines = []
+    for c in found:
+        if c.ratio and c.temperature == 0 and c.same < c.of:
+            lines.append(f"{c.arm}: {c.of - c.same} of {c.of} greedy answers at C = {c.concurrency} differ from those of {reference} (bf16 near-ties, or another model)")
     for arm, temperature in dict.fromkeys((c.arm, c.temperature) for c in found if c.ratio):
         mine = [c for c in found if (c.arm, c.temperature) == (arm, temperature) and c.ratio]
         faster = [c for c in mine if c.ratio.low is not None and c.ratio.low > 1]
@@ -143,7 +155,8 @@ def findings(found: list[Cell], reference: str) -> list[str]:
         open_ = [c for c in mine if c not in faster and c not in slower]
         parts = [f"faster at C = {_at(faster)}"] if faster else []
         parts += [f"SLOWER at C = {_at(slower)}"] if slower else []
-        parts += [f"not told apart at C = {_at(open_)}"] if open_ else []
+        parts += [f"not told apart at C = {_at(open_)}"] if open_ and mine[0].repeats > 1 else []
+        parts += [f"one repeat, no interval, at C = {_at(open_)}"] if open_ and mine[0].repeats == 1 else []
         low = min(mine, key=lambda c: c.ratio.mean)
         below = "" if low.ratio.mean >= NOT_SLOWER else f", below {NOT_SLOWER}"
         lines.append(f"{arm} against {reference}, T = {temperature:g}: {'; '.join(parts)}; lowest ratio {low.ratio.mean:.2f} at C = {low.concurrency}{below}")

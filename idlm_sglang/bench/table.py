@@ -6,51 +6,94 @@ from typing import Any
 
 from tabulate import tabulate
 
+from idlm_sglang.bench.arms import STOCK, URL
+from idlm_sglang.bench.options import masked
 from idlm_sglang.bench.summary import Cell, findings
 
 _MS = 1000.0
 
 READING = """\
 Ratio: total throughput over that of `{reference}`, paired by repeat: geometric mean and 95 % interval (Student's t over the
-repeats). An interval around 1 means: not told apart. Same answers: byte-equal to the reference's. TPOT: seconds behind the
-first token over the tokens behind it, not the gap between chunks. TPF: tokens per request and decode forward; queries: rows of
-a request in one forward; efficiency: TPF²/queries. Acceptance by position: of the drafts verified at this point alone."""
+repeats), each interval for itself. One that holds 1 means: not told apart; of 20 comparisons of equal arms one misses it.
+Steady: while at least 0.9 of the load was there, where that was most of the time. Same answers: byte-equal to the
+reference's, where both were given the same seeds and know them. TPOT: seconds behind the first token over the tokens
+behind it, not the gap between chunks. TPF: tokens per request and decode forward; queries: rows of a request in one forward;
+efficiency: TPF²/queries. Acceptance by position: of the drafts verified at this point alone."""
+
+
+def title(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
+    """Of the plots: checkpoint and device."""
+    return f"{plan['checkpoint']['name']}, {_device(plan, fingerprints)}"
 
 
 def report(cells: Sequence[Cell], plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]], plots: Sequence[str]) -> str:
     """What was measured, what it says, the tables and the plots."""
     reference = plan["arms"][0]["name"]
-    parts = ["# AR against ISD: " + plan["checkpoint"]["name"], _setup(plan, fingerprints)]
+    parts = [f"# {', '.join(arm['name'] for arm in plan['arms'])}: {plan['checkpoint']['name']}", _setup(cells, plan, fingerprints), _arms(plan, fingerprints)]
     parts.append("\n".join(f"- {line}" for line in findings(list(cells), reference)))
+    # Stock SGLang knows no seeds.
+    unseeded = plan["arms"][0]["kind"] == STOCK
     for temperature in dict.fromkeys(c.temperature for c in cells):
         some = [c for c in cells if c.temperature == temperature]
-        parts += [f"## T = {temperature:g}", _throughput(some), _latency(some), _decoding(some)]
+        parts += [f"## T = {temperature:g}", _throughput(some, unseeded and temperature > 0), _latency(some), _decoding(some)]
     parts.append(READING.format(reference=reference))
     parts += [f"![{name}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
 
 
-def _setup(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
-    last = fingerprints[-1]
-    made = last["machine"]
-    lines = [f"Command: `{fingerprints[-1]['command']}`", ""]
-    lines.append(f"Device: {made['device']} ({made['processor']}); checkpoint {plan['checkpoint']['hash'] or 'not at hand to be hashed'}.")
+def _device(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
+    ours = any(arm["kind"] != URL for arm in plan["arms"])
+    return ("" if ours else "servers elsewhere, client on ") + fingerprints[-1]["machine"]["device"]
+
+
+def _setup(cells: Sequence[Cell], plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
+    made = fingerprints[-1]["machine"]
+    lines = [f"Command: `{command}`  " for command in dict.fromkeys(f["command"] for f in fingerprints)]
+    lines.append(f"Device: {_device(plan, fingerprints)} ({made['processor']}); checkpoint {plan['checkpoint']['hash'] or 'not at hand to be hashed'}.")
     versions = ", ".join(f"{name} {found}" for name, found in made["versions"].items() if found)
-    lines.append(f"Versions: {versions}{'; commit ' + made['commit'] if made['commit'] else ''}.")
-    body = ", ".join(f"{key} {value}" for key, value in plan["body"].items())
-    lines.append(f"Load: {plan['requests']} requests a point at least {plan['per_client']} per client, {plan['repeats']} repeats, arms in turn; {plan['source']}; {body}.")
-    if len(fingerprints) > 1:
-        lines.append(f"Measured in {len(fingerprints)} runs of the command.")
+    commits = ", ".join(dict.fromkeys(f["machine"]["commit"] for f in fingerprints if f["machine"]["commit"]))
+    lines.append(f"Versions: {versions}{'; commit ' + commits if commits else ''}.")
+    fields = {**plan["body"], **{f"{key} at T > 0": value for key, value in plan["sampling"].items()}, "seed": plan["seed"]}
+    repeats = "/".join(str(r) for r in sorted({c.repeats for c in cells}))
+    lines.append(
+        f"Load: at least {plan['requests']} requests a point and {plan['per_client']} per client, {repeats} repeats, arms in turn; {plan['source']}; "
+        f"{', '.join(f'{key} {value}' for key, value in fields.items())}; answers cut at their longest length: {max(c.cut for c in cells):.0%} at most."
+    )
     return "\n".join(lines)
 
 
-def _throughput(cells: list[Cell]) -> str:
+def _arms(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
+    """One line an arm: what its server says of itself."""
+    head = ["arm", "is", "attention", "dtype", "overlap", "KV tokens", "at a time", "flags"]
+    rows = []
+    for arm in plan["arms"]:
+        found = next(f for f in reversed(fingerprints) if f["arm"] == arm["name"]) if any(f["arm"] == arm["name"] for f in fingerprints) else {}
+        flags = found.get("flags", {})
+        stride = found.get("stride")
+        what = f"ISD, stride {stride}" if stride else flags.get("speculative_algorithm") or ("SGLang without the plugin" if arm["kind"] == STOCK else "one token per forward")
+        overlap = {True: "off", False: "on"}.get(flags.get("disable_overlap_schedule"), "")
+        own = " ".join(masked([*arm["flags"], *plan["server_flags"]])) or arm["url"] or ""
+        rows.append([arm["name"], what, flags.get("attention_backend", ""), flags.get("dtype", ""), overlap, found.get("kv_tokens") or "", found.get("running_limit", ""), own])
+    return _table(head, rows)
+
+
+def _throughput(cells: list[Cell], unseeded: bool) -> str:
     head = ["C", "arm", "total tok/s", "steady tok/s", "per request tok/s", "ratio", "same answers"]
     rows = [
-        [c.concurrency, c.arm, f"{c.throughput:.0f}", f"{c.steady:.0f}", f"{c.per_request:.0f}", str(c.ratio or "1"), f"{c.same} of {c.of}" if c.ratio else ""]
+        [c.concurrency, c.arm, f"{c.throughput:.0f}", _rate(c.steady), _rate(c.per_request), str(c.ratio or "1"), _same(c, unseeded)]
         for c in cells
     ]
     return _table(head, rows)
+
+
+def _rate(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.0f}"
+
+
+def _same(c: Cell, unseeded: bool) -> str:
+    if c.ratio is None:
+        return ""
+    return "–" if unseeded else f"{c.same} of {c.of}"
 
 
 def _latency(cells: list[Cell]) -> str:

@@ -152,6 +152,10 @@ def _bench(words: Sequence[str]) -> int:
     own = options.parser(_Parser).parse_args(words)
     try:
         asked = options.resolve(own, words)
+    except SettingError as refused:
+        print(refused.code, file=sys.stderr)
+        return 2
+    try:
         from idlm_sglang.bench.run import run
 
         # As an exception, so that the servers are ended.

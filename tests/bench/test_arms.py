@@ -27,7 +27,7 @@ def test_an_arm_is_read(text, arm):
     assert parse(text) == arm
 
 
-@pytest.mark.parametrize("text", ["", "eagle", "isd:", "isd:0", "isd:17", "isd:x", "ar:4", "=ar", "stock --dtype bfloat16", "a=http://h:1 --dtype bfloat16", "a='ar"])
+@pytest.mark.parametrize("text", ["", "eagle", "isd:", "isd:0", "isd:17", "isd:x", "ar:4", "=ar", "stock --dtype bfloat16", "a=http://h:1 --dtype bfloat16", "a='ar", "a|b=ar", "a=ar --port 1", "a=isd --stride 2"])
 def test_another_is_refused_in_one_line(text):
     with pytest.raises(SettingError) as refused:
         parse(text)
@@ -43,7 +43,7 @@ def test_two_different_names_are_needed():
 
 def test_stock_sglang_reads_the_checkpoint_as_its_own_class_and_loads_no_plugin_of_isd(tmp_path):
     words, environ = command(parse("stock"), CHECKPOINT_DIR, True, ("--enable-metrics",), 31000, tmp_path)
-    assert environ == {"SGLANG_PLUGINS": "idlm_cpu"} and "sglang.launch_server" in words
+    assert "idlm_cpu" in environ["SGLANG_PLUGINS"].split(",") and "idlm" not in environ["SGLANG_PLUGINS"].split(",") and "sglang.launch_server" in words
     served = stock_checkpoint(CHECKPOINT_DIR, tmp_path)
     assert str(served) in words
     config = json.loads((served / "config.json").read_text())
@@ -57,6 +57,11 @@ def test_the_published_config_loses_its_remote_code(tmp_path):
     (model / "config.json").write_text(json.dumps({"architectures": ["SDARForCausalLM"], "model_type": "sdar", "auto_map": {"AutoModel": "x.y"}}))
     config = json.loads((stock_checkpoint(model, tmp_path) / "config.json").read_text())
     assert config == {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+
+def test_a_dllm_arm_reads_the_checkpoint_as_what_it_is(tmp_path):
+    words, _ = command(parse("sdar=stock --dllm-algorithm LowConfidence"), CHECKPOINT_DIR, False, (), 31000, tmp_path)
+    assert words[words.index("--model-path") + 1] == str(CHECKPOINT_DIR)
 
 
 def test_common_flags_stand_before_the_arm_s_own():

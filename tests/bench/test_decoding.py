@@ -17,23 +17,29 @@ def scrape(verify, cold, tokens, accepted, proposed, rank="0"):
 
 def test_what_came_before_the_point_does_not_count():
     before, behind = Counts(scrape(100, 0, 100, [0, 0, 0], [100, 100, 100])), Counts(scrape(180, 20, 400, [76, 70, 60], [180, 180, 180]))
-    found = decoding(behind.since(before), 4, "ISD", 7)
+    found = decoding(behind.since(before), 30, 4, "ISD", 7)
     assert found.tokens_per_forward == 300 / 100 and found.queries == 7 and found.efficiency == pytest.approx(9 / 7)
     assert found.accepted == (76, 70, 60) and found.proposed == (80, 80, 80) and found.cold == 0.2
 
 
 def test_ranks_are_added_up():
     text = scrape(10, 0, 30, [9], [10]) + scrape(30, 10, 70, [20], [30], rank="1").replace("# TYPE", "# HELP")
-    found = decoding(Counts(text), 2, "ISD", 3)
+    found = decoding(Counts(text), 10, 2, "ISD", 3)
     assert found.tokens_per_forward == 100 / 50 and found.accepted == (29,)
 
 
 def test_ar_is_one_token_per_forward_by_definition():
-    assert decoding(Counts(), None, None, None).tokens_per_forward == 1.0
+    assert decoding(Counts(), 10, None, None, None).tokens_per_forward == 1.0
 
 
-def test_another_algorithm_is_read_from_sglang_s_counters_or_unknown():
+def test_another_algorithm_is_read_from_sglang_s_counters_without_the_prefill_s_tokens_or_unknown():
     text = "# TYPE sglang:spec_verify_calls counter\nsglang:spec_verify_calls_total 50\n# TYPE sglang:generation_tokens counter\nsglang:generation_tokens_total 150\n"
-    found = decoding(Counts(text), None, "EAGLE3", 4)
-    assert found.tokens_per_forward == 3.0 and found.efficiency == 9 / 4
-    assert decoding(Counts(), None, "EAGLE3", 4) is None and decoding(Counts(), 4, "ISD", 7) is None
+    found = decoding(Counts(text), 25, None, "EAGLE3", 4)
+    assert found.tokens_per_forward == 125 / 50 and found.efficiency == 2.5**2 / 4
+    assert decoding(Counts(), 25, None, "EAGLE3", 4) is None and decoding(Counts(), 25, 4, "ISD", 7) is None
+    assert decoding(Counts(), 25, None, "LowConfidence", None) is None
+
+
+def test_counters_that_went_back_tell_nothing():
+    before, behind = Counts(scrape(100, 0, 100, [0], [100])), Counts(scrape(10, 0, 30, [9], [10]))
+    assert decoding(behind.since(before), 10, 2, "ISD", 3) is None

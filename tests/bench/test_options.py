@@ -26,6 +26,12 @@ BAD = [
     ["/no/such/checkpoint"],
     ["--prompts", "/no/such/file"],
     ["--arm", "a=http://h:1", "--arm", "b=http://h:2", "--server-flags", "--tp-size 2"],
+    ["--server-flags", "--a 'b"],
+    ["--server-flags", "--port 1"],
+    ["--arm", "ar", "--arm", "b=isd --max-running-requests 8"],
+    ["--arm", "a=http://h:1", "--arm", "b=http://h:2"],
+    ["--tokenizer", "/no/such/checkpoint"],
+    ["--together", "--alone"],
     ["--nonsense"],
 ]
 
@@ -48,11 +54,23 @@ def options(*words):
 
 
 def test_arms_take_turns_and_each_begins_as_often():
-    points = plan(options("--arm", "stock", "--arm", "isd:1", "--arm", "isd:4", "--repeats", "3"))
+    points = plan(options("--arm", "stock", "--arm", "isd:1", "--arm", "isd:4", "--repeats", "3"), False)
     assert len(points) == len(set(points)) == 3 * 3 * 7 * 2
     blocks = [points[i : i + 3] for i in range(0, len(points), 3)]
     assert all(len({p.arm for p in block}) == 3 and len({(p.temperature, p.concurrency, p.repeat) for p in block}) == 1 for block in blocks)
     assert set(Counter(block[0].arm for block in blocks).values()) == {14}
+
+
+def test_alone_each_arm_is_started_once_a_repeat():
+    points = plan(options("--arm", "ar", "--arm", "isd:4", "--repeats", "2", "--concurrency", "1", "8"), True)
+    changes = [p.arm for p, before in zip(points, [None, *points]) if before is None or before.arm != p.arm]
+    assert len(points) == len(set(points)) == 16 and changes == ["ar", "isd:4", "ar"]
+    assert [p.repeat for p in points] == [0] * 8 + [1] * 8
+
+
+def test_keys_are_not_written_down():
+    found = options("--arm", "ar", "--arm", "isd", "--api-key", "secret", "--server-flags", "--api-key secret --admin-api-key=secret")
+    assert "secret" not in found.command and found.api_key == "secret" and "secret" in " ".join(found.server_flags)
 
 
 def test_quick_has_fewer_points_and_what_is_said_wins():
@@ -66,13 +84,15 @@ def test_every_arm_gets_the_same_requests_and_every_repeat_others():
     assert len({r["seed"] for r in drawn[0]}) == 20 and all(r["stream_options"] == {"include_usage": True} for r in drawn[0])
 
 
-def test_prompts_of_a_file_are_read_and_their_own_fields_win(tmp_path):
+def test_prompts_of_a_file_are_read_and_their_own_fields_win_but_those_of_the_comparison(tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_text('{"prompt": "Hi", "max_tokens": 7}\n\n{"messages": [{"role": "user", "content": "Ho"}]}\n')
+    own = {"temperature": 0.6, "stream": False, "n": 2, "seed": 5, "model": "m"}
+    file.write_text(json.dumps({"prompt": "Hi", "max_completion_tokens": 7, **own}) + '\n\n{"messages": [{"role": "user", "content": "Ho"}]}\n')
     source = prompts.read(file)
     drawn = prompts.draw(source, 8, 0, 1, {"max_tokens": 160, "temperature": 0.0})
-    assert {r["max_tokens"] for r in drawn if r["messages"][0]["content"] == "Hi"} == {7}
-    assert {r["max_tokens"] for r in drawn if r["messages"][0]["content"] == "Ho"} <= {160}
+    assert {r["max_tokens"] for r in drawn if r["messages"][0]["content"] == "Hi"} == {7} and len([r for r in drawn if r["max_tokens"] == 7]) == 4
+    assert all(r["temperature"] == 0.0 and "stream" not in r and "n" not in r and "model" not in r for r in drawn) and len({r["seed"] for r in drawn}) == 8
+    assert {r["max_tokens"] for r in drawn if r["messages"][0]["content"] == "Ho"} == {160}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"text": "x"}', '{"messages": []}'])

@@ -22,7 +22,7 @@ def result(rng, speed=1.0, tokens=40, clients=4, answers=None, noise=0.02):
         "tokens": [tokens] * 16,
         "answer": answers or ["same"] * 16,
     }
-    return {"requests": told, "steady": {"output_throughput": 400.0}, "decoding": None}
+    return {"requests": told, "steady": {"output_throughput": 400.0, "seconds": 9.0}, "serving": {"duration": 10.0}, "finished": {"stop": 12, "length": 4}, "decoding": None}
 
 
 def compared(speeds, repeats=3, seed=0, **kwargs):
@@ -55,7 +55,7 @@ def test_of_two_equal_arms_intervals_leave_out_one_as_often_as_they_say():
 def test_one_repeat_has_no_interval_and_proves_nothing():
     found = compared({"ar": 1.0, "slow": 0.5}, repeats=1)
     assert found[1].ratio.low is None and str(found[1].ratio) in ("0.49", "0.50", "0.51")
-    assert "not told apart at C = 4" in findings(found, "ar")[0]
+    assert "one repeat, no interval, at C = 4" in findings(found, "ar")[0]
 
 
 def test_repeats_are_paired():
@@ -71,6 +71,22 @@ def test_answers_are_compared_with_the_reference_request_by_request():
     points = {Point("ar", 0.0, 4, 0): result(rng), Point("isd", 0.0, 4, 0): result(rng, answers=other)}
     found = cells(points, ["ar", "isd"])
     assert (found[1].same, found[1].of) == (12, 16)
+    assert "4 of 16 greedy answers at C = 4 differ" in findings(found, "ar")[0]
+
+
+def test_a_steady_stretch_that_was_short_is_no_figure():
+    rng = np.random.default_rng(0)
+    short = {**result(rng), "steady": {"output_throughput": 900.0, "seconds": 4.0}}
+    found = cells({Point("ar", 0.0, 4, 0): short, Point("isd", 0.0, 4, 0): result(rng)}, ["ar", "isd"])
+    assert np.isnan(found[0].steady) and found[1].steady == 400.0 and found[1].cut == 4 / 16
+
+
+def test_an_answer_without_text_has_no_time_to_its_first_token():
+    rng = np.random.default_rng(0)
+    one = result(rng, noise=0.0)
+    one["requests"]["ttft"][:8] = [0.0] * 8
+    found = cells({Point("ar", 0.0, 4, 0): one}, ["ar"])
+    assert found[0].ttft[0] == 0.01
 
 
 def test_time_per_token_is_not_the_gap_between_chunks():

@@ -13,6 +13,7 @@ SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--
 
 
 _EARLY = pytest.StashKey[dict]()
+_LOGS = pytest.StashKey[tempfile.TemporaryDirectory]()
 _ENOUGH = 200  # other tests, behind which a server can start unnoticed
 
 
@@ -22,7 +23,7 @@ def pytest_collection_finish(session):
     others = sum("tests/server" not in str(item.path) for item in session.items)
     if not needed or others < _ENOUGH or session.config.option.collectonly:
         return
-    directory = Path(tempfile.mkdtemp(prefix="idlm-servers-"))
+    directory = Path(session.config.stash.setdefault(_LOGS, tempfile.TemporaryDirectory(prefix="idlm-servers-")).name)
     pool = ThreadPoolExecutor(1)
     session.config.stash[_EARLY] = {name: pool.submit(lambda name=name: _SHARED[name](directory).started()) for name in needed}
     pool.shutdown(wait=False)

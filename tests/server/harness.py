@@ -41,7 +41,7 @@ class Server:
         # Idle schedulers would otherwise spin on the two cores the servers share.
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--sleep-on-idle", *flags]
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", "IDLM_SELFCHECK": "0", "IDLM_CPU_OVERLAP": "1", **(env or {})}
-        self.process = None
+        self.process, self.ended = None, False
 
     def __enter__(self):
         return self if self.process else self.started()
@@ -68,6 +68,9 @@ class Server:
         self.stop()
 
     def stop(self):
+        if self.ended:
+            return
+        self.ended = True
         # The server and its children share one process group, which nothing else is in.
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
