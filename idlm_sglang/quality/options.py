@@ -105,7 +105,7 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
     option("--top-p", metavar="P", help="default: 0.95 for a suite, else what the task says")
     option("--top-k", metavar="K", help="default: 50 for a suite, else what the task says")
     option("--max-tokens", metavar="N", help="longest answer, thinking included (default: paper 32768, demo 256, else what the task says, else 2048)")
-    option("--thinking", metavar="MODE", help="on, off, or model: what the server does by itself (default: paper on, else model)")
+    option("--thinking", metavar="MODE", help="on, off, or model: what the server does by itself (default: paper on, demo off, else model)")
     option("--think-end", metavar="TEXT", default="</think>", help="what ends the thinking where the server does not split it off (default </think>)")
     option("--extra", metavar="[NAME=]JSON", action="append", default=[], help="fields for the requests to every arm, or to one; may be repeated")
     option("--margin", metavar="POINTS", default="3", help="a difference within +- so many points is parity (default 3)")
@@ -132,7 +132,7 @@ def resolve(given: argparse.Namespace) -> Plan:
         raise SettingError(f"--published {column} is not known; allowed: {', '.join(COLUMNS)}")
     if column is not None and suite != PAPER:
         raise SettingError(f"--published {column} needs --suite paper: published scores belong to its benchmarks")
-    thinking = given.thinking or ("on" if suite == PAPER else "model")
+    thinking = given.thinking or {PAPER: "on", DEMO: "off"}.get(suite, "model")
     if thinking not in THINKING:
         raise SettingError(f"--thinking {thinking} is not known; allowed: {', '.join(THINKING)}")
     if given.resume and not given.out:

@@ -26,6 +26,7 @@ def markdown(plan: Plan, fingerprint: dict[str, Any], rows: Sequence[Row], poole
         )
     parts.append(
         f"Intervals: {CONFIDENCE:.0%}. Parity: the whole interval of the paired difference lies within +-{100 * plan.margin:g} points. "
+        "Cut off: answers that the limit of tokens ended; empty: answers with nothing behind the thinking, which score as wrong. "
         "Same text: answers that are identical, thinking included."
     )
     return "\n\n".join(parts) + "\n"
@@ -73,13 +74,13 @@ def _arms(fingerprint: dict[str, Any]) -> str:
 
 def _scores(plan: Plan, rows: Sequence[Row]) -> str:
     names = list(rows[0].arms)
-    heads = ["benchmark", "metric", "questions", *names, *(f"{name}: cut off" for name in names)]
+    heads = ["benchmark", "metric", "questions", *names, *(f"{name}: cut off, empty" for name in names)]
     if plan.published:
         heads += [f"published {plan.published}", *(f"{name} to it" for name in names)]
     body = []
     for each in rows:
         arms = each.arms.values()
-        cells = [each.name, each.metric, str(len(each.keys)), *(_interval(arm.mean) for arm in arms), *(f"{arm.cut_off}/{arm.answers}" for arm in arms)]
+        cells = [each.name, each.metric, str(len(each.keys)), *(_interval(arm.mean) for arm in arms), *(f"{arm.cut_off}, {arm.empty}" for arm in arms)]
         if plan.published:
             figure = published.figure(each.name, plan.published)
             cells += ["-" if figure is None else f"{figure:.1f}", *("-" if figure is None else _beside(arm.mean, figure) for arm in arms)]

@@ -14,16 +14,25 @@ if TYPE_CHECKING:
     from idlm_sglang.quality.client import Answer, ChatModel
 
 ALL = "all questions"
+CUT = "length"  # the finish reason of an answer ended by the limit of tokens
 
 
 @dataclass(frozen=True)
 class ArmScore:
-    """An arm in a benchmark: per-question scores (means over repeats), the mean, answers cut off, completion tokens."""
+    """An arm in a benchmark.
+
+    Attributes:
+        values: score of each question, the mean over repeats.
+        cut_off: answers ended by the limit of tokens.
+        empty: answers with nothing behind the thinking, which score as wrong.
+        tokens: completion tokens of all answers.
+    """
 
     values: tuple[float, ...]
     mean: Interval
     answers: int
     cut_off: int
+    empty: int
     tokens: int
 
 
@@ -62,7 +71,11 @@ class Row:
 
 
 def row(name: str, task: str, scored: Mapping[str, Scored], models: Mapping[str, "ChatModel"], margin: float) -> Row:
-    """One benchmark's arms, the reference first. Raises :class:`NotRun` where the arms were not asked the same."""
+    """One benchmark's arms, the reference first.
+
+    Raises:
+        NotRun: the arms were not asked the same, or the reference answered nothing.
+    """
     reference, *others = scored
     first = scored[reference]
     keys = list(first.questions)
@@ -75,8 +88,10 @@ def row(name: str, task: str, scored: Mapping[str, Scored], models: Mapping[str,
     for arm, found in scored.items():
         values = tuple(float(np.mean(found.questions[key].scores)) for key in keys)
         said = [answer for each in answers[arm].values() for answer in each]
-        cut = sum(answer.finish == "length" for answer in said)
-        arms[arm] = ArmScore(values, statistics.score(values), len(said), cut, sum(answer.tokens for answer in said))
+        cut, empty = sum(answer.finish == CUT for answer in said), sum(not answer.final for answer in said)
+        if empty == len(said) and arm == reference:
+            raise NotRun(f"{arm} wrote nothing behind its thinking in {empty} answers: --thinking off if it does not think, else more --max-tokens")
+        arms[arm] = ArmScore(values, statistics.score(values), len(said), cut, empty, sum(answer.tokens for answer in said))
     made = Row(name, task, first.metric, first.versions, first.better_high, arms, keys=keys)
     for other in others:
         same, total = _same(answers[reference], answers[other])

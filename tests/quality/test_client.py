@@ -69,7 +69,7 @@ def test_every_question_and_every_repeat_has_a_seed_of_its_own_and_every_arm_the
 
 def test_sampling_and_further_fields_are_in_the_body_as_asked(server):
     settings = {"until": ["Q:"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 7}
-    _, (body,), _ = ask(server, "--extra", '{"custom_params": {"idlm_stride": 2}}', prompts=["one"], settings=settings)
+    _, (body,), _ = ask(server, "--thinking", "model", "--extra", '{"custom_params": {"idlm_stride": 2}}', prompts=["one"], settings=settings)
     assert {k: body[k] for k in ("temperature", "top_p", "top_k", "max_tokens")} == {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "max_tokens": 256}
     assert body["custom_params"] == {"idlm_stride": 2} and not {"until", "do_sample", "max_gen_toks", "chat_template_kwargs"} & set(body)
 

@@ -50,3 +50,9 @@ def test_a_request_that_the_server_refuses_ends_it_in_one_line(ar, isd):
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines()[-1].startswith(f"idlm: endpoint isd={isd.url} refuses a request: HTTP 400") and "idlm_stride" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_answers_that_are_all_thinking_are_no_score(ar, isd):
+    # These servers split thinking off, and this model never thinks: left to itself all of it counts as thinking.
+    done = idlm("eval", f"ar={ar.url}", f"isd={isd.url}", "--thinking", "model", "--suite", "demo", "--limit", "2")
+    assert done.returncode == 2 and "ar wrote nothing behind its thinking in 2 answers: --thinking off" in done.stdout
