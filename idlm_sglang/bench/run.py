@@ -101,7 +101,7 @@ def _told(options: Options, store: Store, told: dict[str, Any], served: Served) 
         return
     check_limit(served, max(options.concurrencies))
     told[served.arm.name] = served.url
-    store.told({"command": options.command, "machine": fingerprint.machine(), "arm": served.arm.name, **fingerprint.server(served)})
+    store.told({"command": options.command, "machine": fingerprint.machine(), "arm": served.arm.name, "server": fingerprint.server(served)})
 
 
 def _servers(options: Options, scratch: Path) -> Servers:

@@ -67,7 +67,7 @@ def _arms(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
     head = ["arm", "is", "attention", "dtype", "overlap", "KV tokens", "at a time", "flags"]
     rows = []
     for arm in plan["arms"]:
-        found = next(f for f in reversed(fingerprints) if f["arm"] == arm["name"]) if any(f["arm"] == arm["name"] for f in fingerprints) else {}
+        found = next((f["server"] for f in reversed(fingerprints) if f["arm"] == arm["name"]), {})
         flags = found.get("flags", {})
         stride = found.get("stride")
         what = f"ISD, stride {stride}" if stride else flags.get("speculative_algorithm") or ("SGLang without the plugin" if arm["kind"] == STOCK else "one token per forward")
