@@ -40,6 +40,7 @@ from idlm_sglang.compat.requests import (
 )
 from idlm_sglang.compat.start import (
     model_class_on_demand,
+    packed_anew,
     page_table_in_torch,
     refuse_before_resolution,
     room_for_strides,
@@ -82,6 +83,7 @@ PROPERTY = "PROPERTY"
 _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_WEIGHTS = _SRT + "model_executor.model_runner_components.weight_updater.WeightUpdater"
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
@@ -120,6 +122,9 @@ CPU_PATCHES = (
         page_table_in_torch,
         ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
     ),
+    Patch(_WEIGHTS + ".update_weights_from_tensor", "AFTER", packed_anew),
+    Patch(_WEIGHTS + ".load_weights_from_distributed", "AFTER", packed_anew),
+    Patch(_WEIGHTS + ".update_weights_from_ipc", "AFTER", packed_anew),
 )
 
 

@@ -82,3 +82,14 @@ def page_table_in_torch(*args, **kwargs) -> None:
     from idlm_sglang.platform.page_table import assign_req_to_token
 
     assign_req_to_token(*args, **kwargs)
+
+
+def packed_anew(_, updater, *args, **kwargs) -> None:
+    """What: behind an update of the weights in place, those that are packed for a CPU are packed anew.
+    Why: only updates from disk, and those between ``begin_weight_update`` and its end, tell the layers' methods of new weights.
+    Guard: the hook applied; a test changes weights and looks at the product.
+    Goes when: every update of weights runs ``process_weights_after_loading``.
+    """
+    from idlm_sglang.platform.linear import pack_again
+
+    pack_again(updater.get_model())

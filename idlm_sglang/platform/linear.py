@@ -3,8 +3,8 @@
 ``F.linear`` takes MKL's GEMM, which leaves AVX-512 aside on processors that are not Intel's and packs the weight anew in every
 call. oneDNN does neither. A single row stays a matrix-vector product of MKL, the faster one there.
 
-SGLang's loaders call ``restore_weights_before_loading`` and ``process_weights_after_loading`` around every update of the
-weights, so the packed copy never outlives the weight it was made from.
+SGLang calls ``restore_weights_before_loading`` and ``process_weights_after_loading`` around an update of the weights from disk or in
+several parts; behind the others ``compat`` calls :func:`pack_again`. So the packed copy never outlives the weight it was made from.
 """
 
 import torch
@@ -56,6 +56,13 @@ def pack_weights(model: nn.Module) -> int:
         layer.quant_method = _REPLACED[type(layer.quant_method)]()
         layer.quant_method.process_weights_after_loading(layer)
     return total
+
+
+def pack_again(model: nn.Module) -> None:
+    """Packed copies of the weights as they are now, where a layer has one; in the middle of an update none has."""
+    for layer in model.modules():
+        if getattr(layer, "idlm_packed", None) is not None:
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -1,10 +1,13 @@
 """Packed weights give the plain product, and never outlive the weight they were made from."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from torch import nn
 
+from idlm_sglang.compat.start import packed_anew
 from idlm_sglang.platform import linear
 
 
@@ -51,6 +54,19 @@ def test_new_weights_are_used_during_and_after_an_update(model):
     torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ layer.weight.T)
     layer.quant_method.process_weights_after_loading(layer)
     torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ layer.weight.T)
+
+
+@torch.inference_mode()
+def test_an_update_in_place_is_followed_but_not_in_the_middle_of_one_in_parts(model):
+    layer, x = model.proj, torch.randn(5, 48)
+    updater = SimpleNamespace(get_model=lambda: model)
+    layer.weight.data.copy_(torch.randn(33, 48))
+    assert not torch.allclose(layer.quant_method.apply(layer, x), x @ layer.weight.T)
+    packed_anew((True, "Success"), updater, [])
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ layer.weight.T)
+    layer.quant_method.restore_weights_before_loading(layer)
+    packed_anew((True, "Success"), updater, [])
+    assert layer.idlm_packed is None
 
 
 def test_what_is_not_plain_float32_or_too_large_keeps_its_method(model, monkeypatch):
