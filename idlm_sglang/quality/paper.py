@@ -77,6 +77,7 @@ class Benchmark:
         settings: what is changed in lm-eval's task.
         runs_code: it runs the code that models write.
         missing: says what else is not at hand, or nothing.
+        part_of: the benchmark whose questions include these.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Benchmark:
     settings: dict[str, Any] = field(default_factory=dict)
     runs_code: bool = False
     missing: Callable[[], str] | None = None
+    part_of: str | None = None
 
 
 # Where lm-eval keeps these tasks, below its `tasks`: reading all 14,000 takes seconds.
@@ -100,7 +102,7 @@ PAPER = (
     Benchmark("ARC-C", "arc_challenge_chat", settings=_CHOICE | {"doc_to_text": _options("question", "choices.text")}),
     Benchmark("MMLU", "mmlu_generative", settings=_CHOICE | {"doc_to_text": _options("question", "choices")}),
     Benchmark("MMLU-Pro", "mmlu_pro", settings=_CHOICE | {"doc_to_text": _options("question", "options")}),
-    Benchmark("GPQA-D", "gpqa_diamond_cot_zeroshot", settings=_GPQA),
+    Benchmark("GPQA-D", "gpqa_diamond_cot_zeroshot", settings=_GPQA, part_of="GPQA"),
     Benchmark("GPQA", "gpqa_main_cot_zeroshot", settings=_GPQA),
     Benchmark("GSM8K", "gsm8k_cot", settings=_MATHS | {"doc_to_text": "{{question}}\n" + _BOXED, "filter_list": _custom(_numbers, "take_first")}),
     Benchmark("MATH-500", "minerva_math500", "math_verify", settings=_MATHS | {"doc_to_text": "{{problem}}\n" + _BOXED}),

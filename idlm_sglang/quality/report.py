@@ -25,7 +25,8 @@ def markdown(plan: Plan, fingerprint: dict[str, Any], rows: Sequence[Row], poole
             "`within` means: inside this arm's interval."
         )
     parts.append(
-        f"Intervals: {CONFIDENCE:.0%}. Parity: the whole interval of the paired difference lies within +-{100 * plan.margin:g} points. "
+        f"Intervals: {CONFIDENCE:.0%}. Parity: the whole interval of the paired difference lies within +-{100 * plan.margin:g} points; "
+        "worse and better allow for the number of lines. "
         "Cut off: answers that the limit of tokens ended; empty: answers with nothing behind the thinking, which score as wrong. "
         "Same text: answers that are identical, thinking included."
     )
@@ -106,7 +107,7 @@ def said(verdict: Verdict) -> str:
     if verdict.word != UNDECIDED:
         return verdict.word
     more = "no number of questions would do at this difference" if verdict.more is None else f"about {verdict.more} more questions needed"
-    return f"undecided (interval wider than the margin: {more})"
+    return f"undecided (interval too wide: {more})"
 
 
 def _beside(mean: Interval, figure: float) -> str:

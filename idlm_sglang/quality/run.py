@@ -59,16 +59,17 @@ def _run(plan: Plan, words: Sequence[str]) -> int:
                 loaded = tasks.load(benchmark)
                 found = {}
                 for name, model in models.items():
+                    model.answers.clear()
                     model.shown = f"{benchmark.name} ({number}/{len(benchmarks)}), {name}"
                     found[name] = tasks.ask(loaded, model, benchmark)
-                rows.append(scores.row(benchmark.name, benchmark.task, found, models, plan.margin))
+                rows.append(scores.row(benchmark, found, models))
             except harness.NotRun as why:
                 not_run[benchmark.name] = str(why)
                 print(f"idlm: {benchmark.name}: {why}", file=sys.stderr)
     finally:
         for model in models.values():
             model.close()
-    pooled = scores.together(rows, plan.margin)
+    pooled = scores.compare(rows, plan.margin)
     fingerprint["answers"] = {name: {"asked": model.asked, "reused": model.reused} for name, model in models.items()}
     text = report.markdown(plan, fingerprint, rows, pooled, not_run)
     print(text, end="")

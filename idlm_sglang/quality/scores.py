@@ -1,6 +1,6 @@
 """Arms side by side: what each got in a benchmark, and how it differs from the reference, question by question."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from idlm_sglang.quality import statistics
 from idlm_sglang.quality.harness import NotRun, Scored
+from idlm_sglang.quality.paper import Benchmark
 from idlm_sglang.quality.statistics import BETTER, WORSE, Interval, Verdict
 
 if TYPE_CHECKING:
@@ -58,7 +59,14 @@ class Comparison:
 
 @dataclass
 class Row:
-    """A benchmark that was run."""
+    """A benchmark that was run.
+
+    Attributes:
+        keys: the questions, in the order of every arm's values.
+        same_text: by arm, how many of its answers are the reference's.
+        part_of: the benchmark whose questions include these.
+        comparisons: the arms beside the reference; :func:`compare` fills them in.
+    """
 
     name: str
     task: str
@@ -66,11 +74,13 @@ class Row:
     versions: dict[str, object]
     better_high: bool
     arms: dict[str, ArmScore]
+    keys: list[tuple[str, int, str]]
+    same_text: dict[str, int]
+    part_of: str | None = None
     comparisons: list[Comparison] = field(default_factory=list)
-    keys: list[tuple[str, int, str]] = field(default_factory=list)
 
 
-def row(name: str, task: str, scored: Mapping[str, Scored], models: Mapping[str, "ChatModel"], margin: float) -> Row:
+def row(benchmark: Benchmark, scored: Mapping[str, Scored], models: Mapping[str, "ChatModel"]) -> Row:
     """One benchmark's arms, the reference first.
 
     Raises:
@@ -92,35 +102,33 @@ def row(name: str, task: str, scored: Mapping[str, Scored], models: Mapping[str,
         if empty == len(said) and arm == reference:
             raise NotRun(f"{arm} wrote nothing behind its thinking in {empty} answers: --thinking off if it does not think, else more --max-tokens")
         arms[arm] = ArmScore(values, statistics.score(values), len(said), cut, empty, sum(answer.tokens for answer in said))
-    made = Row(name, task, first.metric, first.versions, first.better_high, arms, keys=keys)
-    for other in others:
-        same, total = _same(answers[reference], answers[other])
-        made.comparisons.append(_compare(other, arms[other].values, arms[reference].values, margin, first.better_high, same, total))
-    return made
+    same = {other: _same(answers[reference], answers[other]) for other in others}
+    return Row(benchmark.name, benchmark.task, first.metric, first.versions, first.better_high, arms, keys, same, benchmark.part_of)
 
 
-def together(rows: list[Row], margin: float) -> list[Comparison]:
-    """Each arm over the questions of all benchmarks, every question counting once; those where low is good left out."""
-    rows = [each for each in rows if each.better_high]
+def compare(rows: Sequence[Row], margin: float) -> list[Comparison]:
+    """Compare in every row, and over the questions of all together, each counting once; those are returned.
+
+    Left out of the whole are benchmarks where low is good and those that are a part of another that was run.
+    """
     if not rows:
         return []
     reference, *others = rows[0].arms
-    pooled = {arm: np.concatenate([each.arms[arm].values for each in rows]) for arm in rows[0].arms}
-    made = []
-    for i, other in enumerate(others):
-        same, total = (sum(getattr(each.comparisons[i], what) for each in rows) for what in ("same_text", "answers"))
-        made.append(_compare(other, pooled[other], pooled[reference], margin, True, same, total))
-    return made
+    whole = [each for each in rows if each.better_high and each.part_of not in {other.name for other in rows}]
+    among = len(others) * (len(rows) + (len(whole) > 1))
+    for each in rows:
+        each.comparisons = [_compare(other, [each], reference, margin, among) for other in others]
+    return [_compare(other, whole, reference, margin, among) for other in others] if whole else []
 
 
-def _compare(arm: str, values, reference, margin: float, better_high: bool, same: int, answers: int) -> Comparison:
-    a, r = np.asarray(values), np.asarray(reference)
-    found, verdict = statistics.verdict(a, r, margin)
-    if not better_high and verdict.word in (BETTER, WORSE):
+def _compare(arm: str, rows: Sequence[Row], reference: str, margin: float, among: int) -> Comparison:
+    a, r = (np.concatenate([each.arms[name].values for each in rows]) for name in (arm, reference))
+    found, verdict = statistics.verdict(a, r, margin, among)
+    if not rows[0].better_high and verdict.word in (BETTER, WORSE):
         verdict = Verdict(WORSE if verdict.word == BETTER else BETTER)
+    same, answers = sum(each.same_text[arm] for each in rows), sum(each.arms[arm].answers for each in rows)
     return Comparison(arm, found, verdict, len(a), int(np.sum(a > r)), int(np.sum(a < r)), same, answers)
 
 
-def _same(left: Mapping[str, list["Answer"]], right: Mapping[str, list["Answer"]]) -> tuple[int, int]:
-    pairs = [(a, b) for prompt in left for a, b in zip(left[prompt], right[prompt])]
-    return sum(a.text == b.text and a.finish == b.finish for a, b in pairs), len(pairs)
+def _same(left: Mapping[str, list["Answer"]], right: Mapping[str, list["Answer"]]) -> int:
+    return sum(a.text == b.text and a.finish == b.finish for prompt in left for a, b in zip(left[prompt], right[prompt]))

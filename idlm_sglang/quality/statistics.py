@@ -1,4 +1,4 @@
-"""Intervals and verdicts for scores that two arms got on the same questions. All intervals are two-sided 95 % ones."""
+"""Intervals and verdicts for scores that two arms got on the same questions. Intervals are two-sided, 95 % unless said otherwise."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-_Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
 _RESAMPLES = 9999
 _EDGE = 1e-12
 _MOST = 10_000_000  # questions beyond which "more questions" says nothing
@@ -45,10 +44,10 @@ def score(values: Sequence[float]) -> Interval:
     if _right_or_wrong(x):
         found = stats.binomtest(int(x.sum()), len(x)).proportion_ci(CONFIDENCE, method="wilson")
         return Interval(float(x.mean()), float(found.low), float(found.high))
-    return _bootstrap(x, 0.0, 1.0)
+    return _bootstrap(x, 0.0, 1.0, CONFIDENCE)
 
 
-def difference(arm: Sequence[float], reference: Sequence[float]) -> Interval:
+def difference(arm: Sequence[float], reference: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Mean of arm minus reference over the same n questions.
 
     Right/wrong scores: Tango's score interval for a difference of paired proportions (Statistics in Medicine 17, 1998).
@@ -60,12 +59,12 @@ def difference(arm: Sequence[float], reference: Sequence[float]) -> Interval:
         raise ValueError("arm and reference need the same questions, at least one")
     if _right_or_wrong(a) and _right_or_wrong(r):
         gained, lost = int(np.sum(a > r)), int(np.sum(a < r))
-        return Interval(float(np.mean(a - r)), *tango(gained, lost, len(a)))
-    return _bootstrap(a - r, -1.0, 1.0)
+        return Interval(float(np.mean(a - r)), *tango(gained, lost, len(a), confidence))
+    return _bootstrap(a - r, -1.0, 1.0, confidence)
 
 
-def tango(gained: float, lost: float, n: float) -> tuple[float, float]:
-    """95 % limits of p(gained) - p(lost) where ``gained`` and ``lost`` of n pairs differ, by inverting the score test."""
+def tango(gained: float, lost: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Limits of p(gained) - p(lost) where ``gained`` and ``lost`` of n pairs differ, by inverting the score test."""
 
     def statistic(delta: float) -> float:
         # The likeliest p(lost) under p(gained) - p(lost) = delta is the larger root of a quadratic.
@@ -83,45 +82,46 @@ def tango(gained: float, lost: float, n: float) -> tuple[float, float]:
             return 1.0
         return float(optimize.brentq(lambda delta: statistic(delta) - target, low, high, xtol=1e-9))
 
-    return limit(_Z), limit(-_Z)
+    z = _z(confidence)
+    return limit(z), limit(-z)
 
 
-def verdict(arm: Sequence[float], reference: Sequence[float], margin: float) -> tuple[Interval, Verdict]:
-    """The paired difference and what it says under ``margin`` (a share).
+def verdict(arm: Sequence[float], reference: Sequence[float], margin: float, among: int = 1) -> tuple[Interval, Verdict]:
+    """The paired difference (95 %) and what it says under ``margin`` (a share).
 
-    ``parity``: the whole interval lies inside +- margin. Else ``worse`` or ``better``: it lies on one side of zero.
-    Else ``undecided``.
+    ``parity``: the whole interval lies inside +- margin. Else ``worse`` or ``better``: the interval of confidence
+    1 - 5 % / ``among`` lies on one side of zero, so that of ``among`` verdicts on equal arms one in twenty such sets has a
+    wrong one, not every other set (Bonferroni). Else ``undecided``.
     """
-    found = difference(arm, reference)
-    word = _word(found, margin)
-    return found, Verdict(word, _more(arm, reference, found, margin) if word == UNDECIDED else None)
+    found, strict = difference(arm, reference), difference(arm, reference, _strict(among))
+    word = _word(found, strict, margin)
+    return found, Verdict(word, _more(arm, reference, found, margin, among) if word == UNDECIDED else None)
 
 
-def _word(found: Interval, margin: float) -> str:
+def _word(found: Interval, strict: Interval, margin: float) -> str:
     if -margin < found.low and found.high < margin:
         return PARITY
-    if found.high < 0:
+    if strict.high < 0:
         return WORSE
-    return BETTER if found.low > 0 else UNDECIDED
+    return BETTER if strict.low > 0 else UNDECIDED
 
 
-def _more(arm: Sequence[float], reference: Sequence[float], found: Interval, margin: float) -> int | None:
+def _more(arm: Sequence[float], reference: Sequence[float], found: Interval, margin: float, among: int) -> int | None:
     a, r = np.asarray(arm, dtype=float), np.asarray(reference, dtype=float)
     n = len(a)
     exact = _right_or_wrong(a) and _right_or_wrong(r)
     gained, lost = float(np.sum(a > r)), float(np.sum(a < r))
 
-    def decided(total: int) -> bool:
-        grown = total / n
+    def grown(total: int, confidence: float) -> Interval:
+        """The interval that ``total`` questions would give at the rates seen; half-widths go with one over the square root."""
         if exact:
-            ends = tango(gained * grown, lost * grown, total)
-        else:
-            floor, shrink = _floor(total), math.sqrt(1 / grown)
-            ends = (
-                found.mean - max((found.mean - found.low) * shrink, floor),
-                found.mean + max((found.high - found.mean) * shrink, floor),
-            )
-        return _word(Interval(found.mean, *ends), margin) != UNDECIDED
+            return Interval(found.mean, *tango(gained * total / n, lost * total / n, total, confidence))
+        floor, shrink = _floor(total, confidence), math.sqrt(n / total) * _z(confidence) / _z(CONFIDENCE)
+        below, above = (found.mean - found.low) * shrink, (found.high - found.mean) * shrink
+        return Interval(found.mean, found.mean - max(below, floor), found.mean + max(above, floor))
+
+    def decided(total: int) -> bool:
+        return _word(grown(total, CONFIDENCE), grown(total, _strict(among)), margin) != UNDECIDED
 
     low, high = n, 2 * n
     while not decided(high):
@@ -134,18 +134,26 @@ def _more(arm: Sequence[float], reference: Sequence[float], found: Interval, mar
     return high - n
 
 
+def _strict(among: int) -> float:
+    return 1 - (1 - CONFIDENCE) / among
+
+
+def _z(confidence: float) -> float:
+    return float(stats.norm.ppf(0.5 + confidence / 2))
+
+
 def _right_or_wrong(x: np.ndarray) -> bool:
     return bool(np.all((x == 0) | (x == 1)))
 
 
-def _floor(n: float) -> float:
-    return _Z**2 / (n + _Z**2)
+def _floor(n: float, confidence: float) -> float:
+    return _z(confidence) ** 2 / (n + _z(confidence) ** 2)
 
 
-def _bootstrap(x: np.ndarray, lowest: float, highest: float) -> Interval:
-    mean, floor = float(x.mean()), _floor(len(x))
+def _bootstrap(x: np.ndarray, lowest: float, highest: float, confidence: float) -> Interval:
+    mean, floor = float(x.mean()), _floor(len(x), confidence)
     low = high = mean
     if np.ptp(x) > 0:
-        found = stats.bootstrap((x,), np.mean, confidence_level=CONFIDENCE, n_resamples=_RESAMPLES, method="BCa", rng=np.random.default_rng(0))
+        found = stats.bootstrap((x,), np.mean, confidence_level=confidence, n_resamples=_RESAMPLES, method="BCa", rng=np.random.default_rng(0))
         low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
     return Interval(mean, max(min(low, mean - floor), lowest), min(max(high, mean + floor), highest))

@@ -79,10 +79,17 @@ def test_the_verdict_follows_from_the_interval_and_the_margin(counts, margin, wo
 def test_with_the_further_questions_it_asks_for_it_decides(counts):
     n = sum(counts)
     more = statistics.verdict(*pairs(*counts), 0.03)[1].more
-    grown = (n + more) / n
-    assert statistics._word(statistics.Interval(0, *statistics.tango(counts[1] * grown, counts[2] * grown, n + more)), 0.03) != UNDECIDED
-    less = (n + more - 1) / n
-    assert statistics._word(statistics.Interval(0, *statistics.tango(counts[1] * less, counts[2] * less, n + more - 1)), 0.03) == UNDECIDED
+    for total, enough in ((n + more, True), (n + more - 1, False)):
+        ends = statistics.Interval(0, *statistics.tango(counts[1] * total / n, counts[2] * total / n, total))
+        assert (statistics._word(ends, ends, 0.03) != UNDECIDED) == enough
+
+
+def test_one_line_among_many_needs_more_to_be_called_worse():
+    arms = pairs(60, 3, 13, 24)
+    assert statistics.verdict(*arms, 0.03)[1].word == WORSE
+    found, verdict = statistics.verdict(*arms, 0.03, among=14)
+    assert verdict.word == UNDECIDED and found.high < 0 and verdict.more > 0
+    assert statistics.verdict(*pairs(150, 0, 0, 50), 0.03, among=14)[1].word == PARITY
 
 
 def test_a_score_has_wilsons_interval_or_a_bootstrap_over_questions():
