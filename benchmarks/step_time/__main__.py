@@ -65,8 +65,8 @@ def _points(options: Options, served: dict[str, arms.Arm], batch: int, context: 
         for kind, stride in left:
             arm = served[kind]
             arm.use(stride)
-            # AR's requests go in step; those of ISD do not, and the fast ones must not end before the window does.
-            tokens = options.tokens if kind == arms.AR else 2 * options.tokens
+            # At one token a step all requests go together; at more the fast ones must not end before the window does.
+            tokens = options.tokens if stride in (None, 1) else 2 * options.tokens
             steps, elsewhere = arm.decode(prompts, tokens + 2)
             steps = steady(steps, batch, context - half, context + half)
             if not steps:

@@ -11,12 +11,13 @@ AR = "AR"
 
 @dataclass(frozen=True)
 class Point:
-    """One arm at one batch and context, all its runs together.
+    """One arm at one batch and context.
 
     Attributes:
-        wall: milliseconds a step, mean over all steps; low, high: of the runs' means.
+        steps: of all its runs.
+        wall: milliseconds a step of the median run; parts: of that run, adding up to it. Of an even number of runs the two in the middle count.
+        runs: milliseconds a step by repeat.
         elsewhere: share of the machine that other programs took meanwhile.
-        parts: milliseconds, adding up to ``wall``.
     """
 
     arm: str
@@ -25,10 +26,9 @@ class Point:
     steps: int
     width: float
     wall: float
-    low: float
-    high: float
-    elsewhere: float
     parts: dict[str, float]
+    runs: dict[int, float]
+    elsewhere: float
 
     @property
     def stride(self) -> int:
@@ -52,25 +52,42 @@ def points(rows: Sequence[dict]) -> list[Point]:
         grouped.setdefault((row["arm"], row["batch"], row["context"]), []).append(row)
     found = []
     for (arm, batch, context), runs in grouped.items():
-        steps = sum(run["steps"] for run in runs)
-
-        def mean(name: str) -> float:
-            return sum(run[name] * run["steps"] for run in runs) / steps
-
-        walls = [run["wall_ms"] for run in runs]
-        parts = {part: mean(f"{part}_ms") for part in PARTS}
-        found.append(Point(arm, batch, context, steps, mean("width"), mean("wall_ms"), min(walls), max(walls), mean("elsewhere"), parts))
+        runs.sort(key=lambda run: run["wall_ms"])
+        middle = runs[(len(runs) - 1) // 2 : len(runs) // 2 + 1]
+        found.append(
+            Point(
+                arm=arm,
+                batch=batch,
+                context=context,
+                steps=sum(run["steps"] for run in runs),
+                width=_mean(runs, "width"),
+                wall=_mean(middle, "wall_ms"),
+                parts={part: _mean(middle, f"{part}_ms") for part in PARTS},
+                runs={run["repeat"]: run["wall_ms"] for run in runs},
+                elsewhere=_mean(runs, "elsewhere"),
+            )
+        )
     return found
 
 
+def _mean(rows: Sequence[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
 def ceilings(found: Sequence[Point], tpf: dict[int, dict]) -> dict[tuple[int, int], dict[int, float]]:
-    """By (context, batch): stride to the speed-up over AR that its step time allows."""
+    """By (context, batch): stride to the speed-up over AR that its median step time allows."""
     ar = {(p.context, p.batch): p.wall for p in found if p.arm == AR}
     result: dict[tuple[int, int], dict[int, float]] = {}
     for p in found:
         if p.arm != AR and p.stride in tpf and (p.context, p.batch) in ar:
             result.setdefault((p.context, p.batch), {})[p.stride] = ceiling.speed_up(tpf[p.stride]["tpf"], ar[p.context, p.batch], p.wall)
     return result
+
+
+def ceiling_spread(ar: Point, isd: Point, tpf: float) -> tuple[float, float] | None:
+    """Lowest and highest ceiling from runs of both arms in the same round; None where no round has both."""
+    pairs = [ceiling.speed_up(tpf, ar.runs[repeat], isd.runs[repeat]) for repeat in ar.runs.keys() & isd.runs.keys()]
+    return (min(pairs), max(pairs)) if pairs else None
 
 
 def table(found: dict) -> str:
@@ -80,22 +97,25 @@ def table(found: dict) -> str:
     last = found["runs"][-1]
     lines = [f"# Step time: {model(last)}, {last['device']}", ""]
     for context in sorted({p.context for p in measured}):
-        lines += [f"## Context {context}", "", *_parts(measured, context, tops), ""]
+        lines += [f"## Context {context}", "", *_parts(measured, context, tops, tpf), ""]
     lines += ["## Ceiling: TPF(N) x T_AR(C) / T_ISD(N, C)", "", *_ceiling(tops, tpf), ""]
     lines += ["## Parts", "", *(f"- **{TITLE[part]}**: {MEANING[part]}" for part in PARTS), ""]
     return "\n".join([*lines, "## Runs", "", *_runs(found["runs"])]) + "\n"
 
 
-def _parts(measured: Sequence[Point], context: int, tops: dict) -> list[str]:
-    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling"]
+def _parts(measured: Sequence[Point], context: int, tops: dict, tpf: dict[int, dict]) -> list[str]:
+    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling (rounds from, to)"]
     lines = [_row(head), _row(["---:"] + ["---"] + ["---:"] * (len(head) - 2))]
     chosen = [p for p in measured if p.context == context]
-    ar = {p.batch: p.wall for p in chosen if p.arm == AR}
+    ar = {p.batch: p for p in chosen if p.arm == AR}
     for p in chosen:
         share = [f"{p.parts[part]:.2f} ({p.parts[part] / p.wall:.0%})" for part in PARTS]
         top = tops.get((context, p.batch), {}).get(p.stride)
-        against = [f"{p.wall / ar[p.batch]:.2f}" if p.batch in ar else "", "" if top is None else f"{top:.2f}"]
-        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({p.low:.2f}, {p.high:.2f})", f"{p.elsewhere:.0%}", *share, *against]))
+        against = [f"{p.wall / ar[p.batch].wall:.2f}" if p.batch in ar else "", ""]
+        if top is not None:
+            spread = ceiling_spread(ar[p.batch], p, tpf[p.stride]["tpf"])
+            against[1] = f"{top:.2f}" + ("" if spread is None else f" ({spread[0]:.2f}, {spread[1]:.2f})")
+        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({min(p.runs.values()):.2f}, {max(p.runs.values()):.2f})", f"{p.elsewhere:.0%}", *share, *against]))
     return lines
 
 

@@ -162,6 +162,8 @@ def test_results_add_up_over_runs_and_name_the_best_stride(tmp_path):
     assert [p.wall for p in report.points(found["rows"])] == [10.0, 12.0, 15.0, 10.0]
     assert report.ceilings(report.points(found["rows"]), found["tpf"])[128, 1] == pytest.approx({2: 1.5, 4: 2.0})
     assert "| 128 | 1 | 1.50 | 2.00 | N = 4 (2.00) |" in report.table(found)
+    ar, two, _, _ = report.points(found["rows"])
+    assert report.ceiling_spread(ar, two, 1.8) == pytest.approx((1.35, 1.35))  # only the first round has both
     plot.draw(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
