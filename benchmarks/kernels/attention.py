@@ -1,9 +1,9 @@
 """Attention of the CPU platform beside SGLang's stock `torch_native` backend: same pool, same rows, one process.
 
 One call is the attention of one forward: metadata once, then LAYERS layers (KV write, gather, softmax). The verify rows at width W run
-the stock arm as an extend of W rows, which recomputes the prefix: it is left out above STOCK_VERIFY_COLUMNS; cases above LARGEST_VERIFY are not in the table. The reference goes request
-by request in plain torch, for the correctness gate only, and is not timed. A context `64..2048` means lengths
-drawn uniformly from that range. On a GPU attention is SGLang's own, and there is nothing of ours to measure.
+the stock arm as an extend of W rows, which recomputes the prefix: it is left out above STOCK_VERIFY_COLUMNS, and cases above
+LARGEST_VERIFY altogether. The reference goes request by request in plain torch, for the correctness gate only, and is not timed. A context
+`64..2048` means lengths drawn uniformly from that range. On a GPU attention is SGLang's own, and there is nothing of ours to measure.
 """
 
 import os
