@@ -16,7 +16,7 @@ class Point:
     Attributes:
         steps: of all its runs.
         wall: milliseconds a step of the median run; parts: of that run, adding up to it. Of an even number of runs the two in the middle count.
-        runs: milliseconds a step by repeat.
+        runs: milliseconds a step of each run.
         elsewhere: share of the machine that other programs took meanwhile.
     """
 
@@ -27,7 +27,7 @@ class Point:
     width: float
     wall: float
     parts: dict[str, float]
-    runs: dict[int, float]
+    runs: tuple[float, ...]
     elsewhere: float
 
     @property
@@ -63,7 +63,7 @@ def points(rows: Sequence[dict]) -> list[Point]:
                 width=_mean(runs, "width"),
                 wall=_mean(middle, "wall_ms"),
                 parts={part: _mean(middle, f"{part}_ms") for part in PARTS},
-                runs={run["repeat"]: run["wall_ms"] for run in runs},
+                runs=tuple(run["wall_ms"] for run in runs),
                 elsewhere=_mean(runs, "elsewhere"),
             )
         )
@@ -84,10 +84,9 @@ def ceilings(found: Sequence[Point], tpf: dict[int, dict]) -> dict[tuple[int, in
     return result
 
 
-def ceiling_spread(ar: Point, isd: Point, tpf: float) -> tuple[float, float] | None:
-    """Lowest and highest ceiling from runs of both arms in the same round; None where no round has both."""
-    pairs = [ceiling.speed_up(tpf, ar.runs[repeat], isd.runs[repeat]) for repeat in ar.runs.keys() & isd.runs.keys()]
-    return (min(pairs), max(pairs)) if pairs else None
+def ceiling_range(ar: Point, isd: Point, tpf: float) -> tuple[float, float]:
+    """The ceiling from AR's fastest run over ISD's slowest, and from AR's slowest over ISD's fastest."""
+    return ceiling.speed_up(tpf, min(ar.runs), max(isd.runs)), ceiling.speed_up(tpf, max(ar.runs), min(isd.runs))
 
 
 def table(found: dict) -> str:
@@ -104,7 +103,7 @@ def table(found: dict) -> str:
 
 
 def _parts(measured: Sequence[Point], context: int, tops: dict, tpf: dict[int, dict]) -> list[str]:
-    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling (rounds from, to)"]
+    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling (at least, at most)"]
     lines = [_row(head), _row(["---:"] + ["---"] + ["---:"] * (len(head) - 2))]
     chosen = [p for p in measured if p.context == context]
     ar = {p.batch: p for p in chosen if p.arm == AR}
@@ -113,9 +112,9 @@ def _parts(measured: Sequence[Point], context: int, tops: dict, tpf: dict[int, d
         top = tops.get((context, p.batch), {}).get(p.stride)
         against = [f"{p.wall / ar[p.batch].wall:.2f}" if p.batch in ar else "", ""]
         if top is not None:
-            spread = ceiling_spread(ar[p.batch], p, tpf[p.stride]["tpf"])
-            against[1] = f"{top:.2f}" + ("" if spread is None else f" ({spread[0]:.2f}, {spread[1]:.2f})")
-        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({min(p.runs.values()):.2f}, {max(p.runs.values()):.2f})", f"{p.elsewhere:.0%}", *share, *against]))
+            low, high = ceiling_range(ar[p.batch], p, tpf[p.stride]["tpf"])
+            against[1] = f"{top:.2f} ({low:.2f}, {high:.2f})"
+        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({min(p.runs):.2f}, {max(p.runs):.2f})", f"{p.elsewhere:.0%}", *share, *against]))
     return lines
 
 
