@@ -97,7 +97,7 @@ def table(found: dict) -> str:
     lines = [f"# Step time: {model(last)}, {last['device']}", ""]
     for context in sorted({p.context for p in measured}):
         lines += [f"## Context {context}", "", *_parts(measured, context, tops, tpf), ""]
-    lines += ["## Ceiling: TPF(N) x T_AR(C) / T_ISD(N, C)", "", *_ceiling(tops, tpf), ""]
+    lines += ["## Ceiling: TPF(N) x T_AR(C) / T_ISD(N, C)", "", *_ceiling(measured, tops, tpf), ""]
     lines += ["## Parts", "", *(f"- **{TITLE[part]}**: {MEANING[part]}" for part in PARTS), ""]
     return "\n".join([*lines, "## Runs", "", *_runs(found["runs"])]) + "\n"
 
@@ -118,13 +118,17 @@ def _parts(measured: Sequence[Point], context: int, tops: dict, tpf: dict[int, d
     return lines
 
 
-def _ceiling(tops: dict, tpf: dict[int, dict]) -> list[str]:
+def _ceiling(measured: Sequence[Point], tops: dict, tpf: dict[int, dict]) -> list[str]:
+    found = {(p.context, p.batch, p.stride): p for p in measured}
     strides = sorted({stride for by_stride in tops.values() for stride in by_stride})
-    lines = [_row(["context", "C", *(f"N={stride}" for stride in strides), "best"]), _row(["---:"] * (len(strides) + 2) + ["---"])]
+    lines = [_row(["context", "C", *(f"N={stride}" for stride in strides), "best (not told apart from)"]), _row(["---:"] * (len(strides) + 2) + ["---"])]
     for (context, batch), by_stride in sorted(tops.items()):
         best, value = ceiling.best_stride(by_stride)
         shown = [f"{by_stride[stride]:.2f}" if stride in by_stride else "" for stride in strides]
-        lines.append(_row([context, batch, *shown, f"N = {best} ({value:.2f})" if best else "AR"]))
+        ar = found[context, batch, 0]
+        near = [s for s in by_stride if s != best and ceiling_range(ar, found[context, batch, s], tpf[s]["tpf"])[1] >= value]
+        beside = f" ({', '.join(map(str, near))})" if near else ""
+        lines.append(_row([context, batch, *shown, (f"N = {best}" if best else "AR") + beside]))
     lines.append("")
     for stride in strides:
         p = f"; a constant acceptance of {ceiling.acceptance_of(stride, tpf[stride]['tpf']):.3f} gives the same" if stride > 1 else ""
