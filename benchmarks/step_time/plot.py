@@ -42,6 +42,7 @@ def draw(found: dict, path: Path) -> None:
 def _bars(axis, chosen, title: str) -> None:
     axis.set_title(title, fontsize=10)
     if not chosen:
+        axis.text(0.5, 0.5, "not measured", ha="center", va="center", color="#666666", transform=axis.transAxes)
         axis.set_axis_off()
         return
     names = [p.arm if p.arm == AR else str(p.stride) for p in chosen]

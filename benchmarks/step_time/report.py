@@ -16,7 +16,7 @@ class Point:
     Attributes:
         steps: of all its runs.
         wall: milliseconds a step of the median run; parts: of that run, adding up to it. Of an even number of runs the two in the middle count.
-        runs: milliseconds a step by repeat.
+        runs: milliseconds a step of each run.
         elsewhere: share of the machine that other programs took meanwhile.
     """
 
@@ -27,7 +27,7 @@ class Point:
     width: float
     wall: float
     parts: dict[str, float]
-    runs: dict[int, float]
+    runs: tuple[float, ...]
     elsewhere: float
 
     @property
@@ -63,7 +63,7 @@ def points(rows: Sequence[dict]) -> list[Point]:
                 width=_mean(runs, "width"),
                 wall=_mean(middle, "wall_ms"),
                 parts={part: _mean(middle, f"{part}_ms") for part in PARTS},
-                runs={run["repeat"]: run["wall_ms"] for run in runs},
+                runs=tuple(run["wall_ms"] for run in runs),
                 elsewhere=_mean(runs, "elsewhere"),
             )
         )
@@ -84,10 +84,9 @@ def ceilings(found: Sequence[Point], tpf: dict[int, dict]) -> dict[tuple[int, in
     return result
 
 
-def ceiling_spread(ar: Point, isd: Point, tpf: float) -> tuple[float, float] | None:
-    """Lowest and highest ceiling from runs of both arms in the same round; None where no round has both."""
-    pairs = [ceiling.speed_up(tpf, ar.runs[repeat], isd.runs[repeat]) for repeat in ar.runs.keys() & isd.runs.keys()]
-    return (min(pairs), max(pairs)) if pairs else None
+def ceiling_range(ar: Point, isd: Point, tpf: float) -> tuple[float, float]:
+    """The ceiling from AR's fastest run over ISD's slowest, and from AR's slowest over ISD's fastest."""
+    return ceiling.speed_up(tpf, min(ar.runs), max(isd.runs)), ceiling.speed_up(tpf, max(ar.runs), min(isd.runs))
 
 
 def table(found: dict) -> str:
@@ -98,13 +97,13 @@ def table(found: dict) -> str:
     lines = [f"# Step time: {model(last)}, {last['device']}", ""]
     for context in sorted({p.context for p in measured}):
         lines += [f"## Context {context}", "", *_parts(measured, context, tops, tpf), ""]
-    lines += ["## Ceiling: TPF(N) x T_AR(C) / T_ISD(N, C)", "", *_ceiling(tops, tpf), ""]
+    lines += ["## Ceiling: TPF(N) x T_AR(C) / T_ISD(N, C)", "", *_ceiling(measured, tops, tpf), ""]
     lines += ["## Parts", "", *(f"- **{TITLE[part]}**: {MEANING[part]}" for part in PARTS), ""]
     return "\n".join([*lines, "## Runs", "", *_runs(found["runs"])]) + "\n"
 
 
 def _parts(measured: Sequence[Point], context: int, tops: dict, tpf: dict[int, dict]) -> list[str]:
-    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling (rounds from, to)"]
+    head = ["batch", "arm", "rows per request", "ms a step (runs from, to)", "busy elsewhere", *(f"{TITLE[part]} ms" for part in PARTS), "of AR's step", "ceiling (at least, at most)"]
     lines = [_row(head), _row(["---:"] + ["---"] + ["---:"] * (len(head) - 2))]
     chosen = [p for p in measured if p.context == context]
     ar = {p.batch: p for p in chosen if p.arm == AR}
@@ -113,19 +112,23 @@ def _parts(measured: Sequence[Point], context: int, tops: dict, tpf: dict[int, d
         top = tops.get((context, p.batch), {}).get(p.stride)
         against = [f"{p.wall / ar[p.batch].wall:.2f}" if p.batch in ar else "", ""]
         if top is not None:
-            spread = ceiling_spread(ar[p.batch], p, tpf[p.stride]["tpf"])
-            against[1] = f"{top:.2f}" + ("" if spread is None else f" ({spread[0]:.2f}, {spread[1]:.2f})")
-        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({min(p.runs.values()):.2f}, {max(p.runs.values()):.2f})", f"{p.elsewhere:.0%}", *share, *against]))
+            low, high = ceiling_range(ar[p.batch], p, tpf[p.stride]["tpf"])
+            against[1] = f"{top:.2f} ({low:.2f}, {high:.2f})"
+        lines.append(_row([p.batch, p.arm, f"{p.width:g}", f"{p.wall:.2f} ({min(p.runs):.2f}, {max(p.runs):.2f})", f"{p.elsewhere:.0%}", *share, *against]))
     return lines
 
 
-def _ceiling(tops: dict, tpf: dict[int, dict]) -> list[str]:
+def _ceiling(measured: Sequence[Point], tops: dict, tpf: dict[int, dict]) -> list[str]:
+    found = {(p.context, p.batch, p.stride): p for p in measured}
     strides = sorted({stride for by_stride in tops.values() for stride in by_stride})
-    lines = [_row(["context", "C", *(f"N={stride}" for stride in strides), "best"]), _row(["---:"] * (len(strides) + 2) + ["---"])]
+    lines = [_row(["context", "C", *(f"N={stride}" for stride in strides), "best (not told apart from)"]), _row(["---:"] * (len(strides) + 2) + ["---"])]
     for (context, batch), by_stride in sorted(tops.items()):
         best, value = ceiling.best_stride(by_stride)
         shown = [f"{by_stride[stride]:.2f}" if stride in by_stride else "" for stride in strides]
-        lines.append(_row([context, batch, *shown, f"N = {best} ({value:.2f})" if best else "AR"]))
+        ar = found[context, batch, 0]
+        near = [s for s in by_stride if s != best and ceiling_range(ar, found[context, batch, s], tpf[s]["tpf"])[1] >= value]
+        beside = f" ({', '.join(map(str, near))})" if near else ""
+        lines.append(_row([context, batch, *shown, (f"N = {best}" if best else "AR") + beside]))
     lines.append("")
     for stride in strides:
         p = f"; a constant acceptance of {ceiling.acceptance_of(stride, tpf[stride]['tpf']):.3f} gives the same" if stride > 1 else ""

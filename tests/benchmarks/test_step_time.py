@@ -77,16 +77,13 @@ def test_recorded_parts_add_up_to_the_distance_between_steps(run):
     assert mean.parts[LM_HEAD] == mean.parts[SETUP] == 0
 
 
-def test_a_trace_of_torch_profiler_gives_the_parts_that_the_clock_gave(run):
+def test_a_trace_of_torch_profiler_gives_every_part_its_own_time(run):
     split = trace.attribute(run[1], BATCH)
-    recorded = window(steady(Records(run[0]).new(), BATCH, 0, 200))
     print({part: round(ms, 2) for part, ms in split.parts.items()})
     assert not split.on_device and split.steps == 5
     assert sum(split.parts.values()) == pytest.approx(split.wall)
     for part, seconds in SECONDS.items():
         assert split.parts[part] >= 0.999e3 * seconds
-    # The same ranges by two clocks: only what opening a range costs may lie between them.
-    assert sorted(PARTS, key=split.parts.get)[-3:] == sorted(PARTS, key=recorded.parts.get)[-3:] == [VERIFY, ATTENTION, GEMM]
     assert sum(trace.on_wall(split, 7.0).values()) == pytest.approx(7.0)
     with pytest.raises(ValueError, match="no two decode steps of 5"):
         trace.attribute(run[1], BATCH + 1)
@@ -161,9 +158,9 @@ def test_results_add_up_over_runs_and_name_the_best_stride(tmp_path):
     found = store.read(tmp_path)
     assert [p.wall for p in report.points(found["rows"])] == [10.0, 12.0, 15.0, 10.0]
     assert report.ceilings(report.points(found["rows"]), found["tpf"])[128, 1] == pytest.approx({2: 1.5, 4: 2.0})
-    assert "| 128 | 1 | 1.50 | 2.00 | N = 4 (2.00) |" in report.table(found)
+    assert "| 128 | 1 | 1.50 | 2.00 | N = 4 |" in report.table(found)
     ar, two, _, _ = report.points(found["rows"])
-    assert report.ceiling_spread(ar, two, 1.8) == pytest.approx((1.35, 1.35))  # only the first round has both
+    assert report.ceiling_range(ar, two, 1.8) == pytest.approx((1.35, 1.65))
     plot.draw(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
