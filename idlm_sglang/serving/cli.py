@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, rest = serve.parse_known_args(words[1:])
         return _serve(own, rest)
     if words[:1] == ["eval"]:
-        from idlm_sglang.quality.run import main as evaluate
+        from idlm_sglang.quality.command import main as evaluate
 
         return evaluate(words[1:], _Parser)
     own = top.parse_args(words)
