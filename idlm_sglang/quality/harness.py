@@ -91,7 +91,8 @@ class Harness:
         for name in names:
             if name not in self._manager.task_index:
                 close = difflib.get_close_matches(name, self._manager.all_tasks, 3, 0.5)
-                raise SettingError(f"--tasks {name} is not known to lm-eval; allowed: its tasks{' such as ' + ', '.join(close) if close else ''}, or --include-path")
+                such = f" such as {', '.join(close)}" if close else ""
+                raise SettingError(f"--tasks {name} is not known to lm-eval; allowed: its tasks{such}, or --include-path")
         return [Benchmark(name, name, _ANY) for name in names]
 
     def load(self, benchmark: Benchmark) -> list:

@@ -1,6 +1,5 @@
-"""`idlm eval` from its words to its exit code."""
+"""A comparison from its plan to its exit code."""
 
-import argparse
 import json
 import platform
 import shlex
@@ -8,36 +7,31 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from idlm_sglang.config import SettingError
-from idlm_sglang.quality import harness, options, report, scores
+from idlm_sglang.quality import harness, report, scores
 from idlm_sglang.quality.endpoint import Endpoint, EndpointError, Served
 from idlm_sglang.quality.options import Plan
 from idlm_sglang.quality.statistics import UNDECIDED, WORSE
 
 FINE, FOUND_WORSE, FAILED, OPEN = 0, 1, 2, 3
-_INTERRUPTED = 130
 _PACKAGES = ("idlm-sglang", "lm_eval", "datasets", "openai", "numpy", "scipy")
 
 
-def main(words: Sequence[str], kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
-    """Run a comparison. Returns the exit code; the report goes to standard output, all else to standard error."""
+def run(plan: Plan, words: Sequence[str]) -> int:
+    """Ask, compare, report: Markdown to standard output, all else to standard error. Returns the exit code.
+
+    ``words``, the command line, go into the fingerprint. lm-eval must have been prepared (:func:`harness.prepare`).
+    """
     try:
-        return _run(options.resolve(options.parser(kind).parse_args(words)), words)
-    except SettingError as refused:
-        print(refused.code, file=sys.stderr)
+        return _run(plan, words)
     except EndpointError as failed:
         print(failed, file=sys.stderr)
-    except KeyboardInterrupt:
-        print("idlm: interrupted; with --out the answers so far are kept, and --resume goes on", file=sys.stderr)
-        return _INTERRUPTED
-    return FAILED
+        return FAILED
 
 
 def _run(plan: Plan, words: Sequence[str]) -> int:
-    harness.prepare(plan)
     endpoints = {arm.name: Endpoint(arm, plan) for arm in plan.arms}
     served = {name: endpoint.served() for name, endpoint in endpoints.items()}
     _check_context(plan, served)

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["bench"]:
         return _bench(words[1:])
     if words[:1] == ["eval"]:
-        from idlm_sglang.quality.run import main as evaluate
+        from idlm_sglang.quality.command import main as evaluate
 
         return evaluate(words[1:], _Parser)
     own = top.parse_args(words)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-MMLU_PRO_SUBJECTS = "biology business chemistry engineering health history law math other philosophy physics psychology economics".split() + ["computer science"]
+_FIELDS = "biology business chemistry economics engineering health history law math other philosophy physics psychology"
+MMLU_PRO_SUBJECTS = [*_FIELDS.split(), "computer science"]
 
 
 def lay_out(root: Path, mmlu_subjects: list[str]) -> Path:
@@ -14,13 +15,15 @@ def lay_out(root: Path, mmlu_subjects: list[str]) -> Path:
     mmlu = [{"question": "Which colour has grass?", "choices": four["text"], "answer": 2}]
     _write(root / "cais/mmlu", {name: {"test": mmlu, "dev": mmlu} for name in mmlu_subjects})
     pro = [
-        {"question": f"Which one of {subject}?", "options": ["a", "b", "c", "d", "e", "f"], "answer": "F", "answer_index": 5, "cot_content": "", "category": subject}
+        {"question": f"Which one of {subject}?", "options": list("abcdef"), "answer": "F", "answer_index": 5, "cot_content": "", "category": subject}
         for subject in MMLU_PRO_SUBJECTS
     ]
     _write(root / "TIGER-Lab/MMLU-Pro", {"default": {"test": pro, "validation": pro}})
-    gpqa = [{"Question": "What is two and two?", "Correct Answer": "four"} | {f"Incorrect Answer {i}": word for i, word in enumerate(("one", "two", "three"), 1)}]
+    wrong = {f"Incorrect Answer {i}": word for i, word in enumerate(("one", "two", "three"), 1)}
+    gpqa = [{"Question": "What is two and two?", "Correct Answer": "four"} | wrong]
     _write(root / "Idavidrein/gpqa", {"gpqa_diamond": {"train": gpqa}, "gpqa_main": {"train": gpqa}})
-    _write(root / "openai/gsm8k", {"main": {"test": [{"question": "A box has 600 pens, and another as many. How many?", "answer": "600 * 2 = 1200\n#### 1,200"}]}})
+    pens = [{"question": "A box has 600 pens, and another as many. How many?", "answer": "600 * 2 = 1200\n#### 1,200"}]
+    _write(root / "openai/gsm8k", {"main": {"test": pens}})
     maths = [{"problem": "Halve 1.", "solution": "Half of it: $\\boxed{\\frac{1}{2}}$", "answer": "\\frac{1}{2}"}]
     _write(root / "HuggingFaceH4/MATH-500", {"default": {"test": maths}})
     _write(root / "Maxwell-Jia/AIME_2024", {"default": {"train": [{"Problem": "Add 200 and 4.", "Answer": 204}]}})
@@ -72,11 +75,11 @@ class CodeEval(evaluate.Metric):
 def lay_out_code(root: Path) -> Path:
     """The data sets of HumanEval and MBPP, and what scores them."""
     prompt = 'import math\n\n\ndef halve(x):\n    """Half of x, rounded down."""\n'
-    _write(
-        root / "openai/openai_humaneval",
-        {"default": {"test": [{"task_id": "0", "prompt": prompt, "test": "def check(f):\n    assert f(9) == 4\n", "entry_point": "halve", "canonical_solution": ""}]}},
-    )
-    mbpp = [{"task_id": 11, "text": "Write a function halve(x).", "code": "", "test_list": ["assert halve(9) == 4", "assert halve(2) == 1", "assert halve(0) == 0"]}]
+    check = "def check(f):\n    assert f(9) == 4\n"
+    humaneval = [{"task_id": "0", "prompt": prompt, "test": check, "entry_point": "halve", "canonical_solution": ""}]
+    _write(root / "openai/openai_humaneval", {"default": {"test": humaneval}})
+    asserts = ["assert halve(9) == 4", "assert halve(2) == 1", "assert halve(0) == 0"]
+    mbpp = [{"task_id": 11, "text": "Write a function halve(x).", "code": "", "test_list": asserts}]
     _write(root / "google-research-datasets/mbpp", {"full": {"test": mbpp}})
     (root / "code_eval").mkdir()
     (root / "code_eval/code_eval.py").write_text(_CODE_EVAL.lstrip())

@@ -74,5 +74,8 @@ def test_without_lm_eval_one_line_says_what_to_install():
 
 
 def test_the_command_line_imports_nothing_heavy_before_it_is_needed():
-    code = "import sys; from idlm_sglang.serving import cli; cli.parser(); print([m for m in sys.modules if m in ('numpy', 'scipy', 'lm_eval', 'torch', 'httpx')])"
+    code = (
+        "import sys; from idlm_sglang.serving import cli; from idlm_sglang.quality import command, options; cli.parser(); options.parser(); "
+        "print([name for name in ('numpy', 'scipy', 'lm_eval', 'torch', 'httpx', 'openai') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -87,7 +87,16 @@ def test_what_cannot_be_run_says_why(suite):
 
 
 @pytest.mark.parametrize(
-    "text", ["The answer is (C).", "The answer is **C**", "**Answer: C**", "answer is: **(C)**", "Not (B). The answer is (B), no: the answer is (C).", r"\boxed{C}", r"\boxed{\text{C}}"]
+    "text",
+    [
+        "The answer is (C).",
+        "The answer is **C**",
+        "**Answer: C**",
+        "answer is: **(C)**",
+        "Not (B). The answer is (B), no: the answer is (C).",
+        r"\boxed{C}",
+        r"\boxed{\text{C}}",
+    ],
 )
 def test_the_letter_is_read_in_the_ways_models_write_it(text):
     assert _read_letter(text) == "C"

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from idlm_sglang.quality import published
+
 LIMIT = 45  # questions of each of the three demo tasks
 HOT = {"temperature": 2.0, "top_p": 1.0, "top_k": -1}
 
@@ -56,3 +58,13 @@ def test_answers_that_are_all_thinking_are_no_score(ar, isd):
     # These servers split thinking off, and this model never thinks: left to itself all of it counts as thinking.
     done = idlm("eval", f"ar={ar.url}", f"isd={isd.url}", "--thinking", "model", "--suite", "demo", "--limit", "2")
     assert done.returncode == 2 and "ar wrote nothing behind its thinking in 2 answers: --thinking off" in done.stdout
+
+
+def test_every_benchmark_of_the_paper_is_named_also_where_none_can_be_run(ar, isd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no data"))
+    done = idlm("eval", f"ar={ar.url}", f"isd={isd.url}", "--suite", "paper", "--max-tokens", "512")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("idlm: nothing could be run")
+    why = dict(line.strip("| ").split(" | ") for line in done.stdout.split("## Not run")[1].splitlines() if line.startswith("| "))
+    assert [name for name in why if name in published.BENCHMARKS] == list(published.BENCHMARKS)
+    assert why["MathBench"] == "unavailable in lm-eval" and why["GSM8K"].startswith("data not at hand: ")
+    print(done.stdout)
