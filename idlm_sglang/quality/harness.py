@@ -116,7 +116,7 @@ class Harness:
             raise NotRun(f"needs a package: {_line(error)}; pip install 'idlm-sglang[eval]'") from None
         except Exception as error:
             # Data sets fail in as many ways as there are libraries behind them; the reason is printed.
-            raise NotRun(f"data not at hand: {_line(error)}") from error
+            raise NotRun(f"data not at hand: {_line(error)}{'' if self._plan.download else '; --data-dir or --download'}") from error
         for task in tasks:
             if task.config.num_fewshot is None:
                 task.set_config("num_fewshot", 0)

@@ -13,7 +13,7 @@ def plan(*words: str, arms=ARMS) -> options.Plan:
     return options.resolve(options.parser().parse_args([*arms, *words]))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def own_cache(tmp_path_factory):
     """Data sets made for the tests stay out of the user's cache. Read when `datasets` is imported, so set before it is."""
     with pytest.MonkeyPatch.context() as patch:
