@@ -1,12 +1,13 @@
 """The I-DLM model class: Qwen3, strictly causal, whose MASK logit is removed."""
 
+from contextlib import contextmanager
+
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from torch import nn
 
 from idlm_sglang.config import SettingError
-
 
 class MaskFreeLogitsProcessor(LogitsProcessor):
     """Logits over the real tokens: MASK is an input, never an answer.
@@ -17,6 +18,22 @@ class MaskFreeLogitsProcessor(LogitsProcessor):
     def __init__(self, config, mask_token_id: int):
         super().__init__(config)
         self.mask_token_id = mask_token_id
+        self._rows: torch.Tensor | None = None
+
+    @contextmanager
+    def reading(self, rows: torch.Tensor):
+        """In here an extend forward gives the logits of these rows ``(R,)`` int64, not of each request's last one."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def forward(self, input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs) -> LogitsProcessorOutput:
+        if self._rows is None:
+            return super().forward(input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs)
+        metadata = LogitsMetadata.from_forward_batch(logits_metadata)
+        return LogitsProcessorOutput(next_token_logits=self._get_logits(hidden_states[self._rows], lm_head, metadata))
 
     def _get_logits(self, *args, **kwargs) -> torch.Tensor:
         logits = super()._get_logits(*args, **kwargs)

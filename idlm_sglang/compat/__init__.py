@@ -35,6 +35,7 @@ from idlm_sglang.compat.requests import (
     attach_seeds,
     penalties_in_order,
     refuse_in_http,
+    room_for_masks,
     scores_without_generating,
     token_keyed_sampler,
 )
@@ -98,6 +99,7 @@ PATCHES = (
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
+    Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", room_for_masks),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", grammar_behind_end),

@@ -68,6 +68,12 @@ class IsdResult(GenerationBatchResult):
     limits: list[int] | None = None
 
     def copy_to_cpu(self, *args, **kwargs):
+        if self.next_token_ids.device.type == "cpu":
+            return self._is_on_cpu()
         if self.round_stats is not None:
             self.round_stats = async_d2h(self.round_stats)
         return super().copy_to_cpu(*args, **kwargs)
+
+    def _is_on_cpu(self) -> None:
+        self.copy_auxiliary_output_to_cpu()
+        self.copy_done.record()

@@ -9,7 +9,7 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_serving
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
@@ -24,7 +24,8 @@ from idlm_sglang.engine.requests import BatchRows, server_seed
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
 from idlm_sglang.engine.state import Carried, SlotState
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.isd import isd_step, step_positions, step_tokens
+from idlm_sglang.engine.warm import rows_of, with_masks
+from idlm_sglang.isd import first_proposal, isd_step, step_positions, step_tokens
 from idlm_sglang.isd.penalties import penalise
 from idlm_sglang.isd.verify import valid_drafts
 from idlm_sglang.model import MaskFreeLogitsProcessor
@@ -36,8 +37,8 @@ class IsdWorker(BaseSpecWorker):
     """Drafts and verifies with the target model itself.
 
     A decode step of stride N runs ``2N - 1`` rows per request in one TARGET_VERIFY forward (``isd.layout``); stride 1
-    is SGLang's ordinary DECODE forward with its own sampler. Extends run as they are and leave their slots without
-    drafts. Nothing in a step waits for the device, except where a request's grammar lives on the host.
+    is SGLang's ordinary DECODE forward with its own sampler. Extends leave their slots without drafts, but for
+    those that end a prompt (``engine.warm``). Nothing in a step waits for the device, except where a request's grammar lives on the host.
     """
 
     def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker: TpModelWorker):
@@ -126,14 +127,43 @@ class IsdWorker(BaseSpecWorker):
         if penalised is not None:
             self._restart_counts(batch, penalised)
             self._give_sampler_penalties(batch, penalised, seq_lens)
-        result = self._target_worker.forward_batch_generation(batch)
+        masked = rows_of(batch)
+        rows = self._batch_rows(batch) if masked else None
+        self.state.clear(slots)
+        if rows is not None and rows.drafts:
+            result = self._prefill_with_masks(batch, masked, rows)
+        else:
+            result = self._target_worker.forward_batch_generation(batch)
         if penalised is not None:
             self._count(batch, penalised, result.next_token_ids.to(torch.int64).view(-1, 1), torch.ones_like(seq_lens))
-        self.state.clear(slots)
         result.new_seq_lens = seq_lens
         result.next_draft_input = IsdDraftInput(result.next_token_ids.to(torch.int64), seq_lens)
         if on_publish is not None:
             on_publish(seq_lens)
+        return result
+
+    def _prefill_with_masks(self, batch, masked: list[int], rows: BatchRows):
+        """A prefill whose forward also draws the first drafts of the requests ``masked``; see :mod:`idlm_sglang.engine.warm`."""
+        count, k = len(batch.reqs), rows.drafts
+        longer, read = with_masks(batch, masked, k, self.mask_id, self.req_to_token)
+        self._target_worker.set_hicache_consumer(batch.hicache_consumer_index)
+        forward_batch = ForwardBatch.init_new(longer, self.model_runner, return_hidden_states_before_norm=False)
+        with self.model_runner.model.logits_processor.reading(on_device(torch.tensor(read, dtype=torch.int64), self.device)):
+            result = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+        logits = result.logits_output.next_token_logits
+
+        index = on_device(torch.tensor(masked, dtype=torch.int64), self.device)
+        proposing = logits[count:].float().view(len(masked), k, -1)
+        info, lengths = batch.sampling_info, batch.seq_lens[index]
+        if info.logit_bias is not None:
+            proposing = proposing + info.logit_bias[index][:, None]
+        proposal = first_proposal(proposing, rows.limits[index], lengths, rows.sampling(info).at(index))
+        self.state.store(batch.req_pool_indices[index], rows.numbers[index], lengths, proposal)
+
+        # The sampler takes its positions from the lengths: those of the prompts.
+        forward_batch.seq_lens, forward_batch.seq_lens_cpu = batch.seq_lens, batch.seq_lens_cpu
+        result.logits_output.next_token_logits = logits[:count]
+        result.next_token_ids = self.model_runner.sample(result.logits_output, forward_batch)
         return result
 
     # Penalties.

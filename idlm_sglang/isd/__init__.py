@@ -4,7 +4,7 @@ Shapes: ``B`` requests, stride ``N``, ``K = N - 1`` drafts, step width ``W = 2N 
 """
 
 from idlm_sglang.isd.layout import step_positions, step_tokens
-from idlm_sglang.isd.step import StepOutcome, isd_step
+from idlm_sglang.isd.step import StepOutcome, first_proposal, isd_step
 from idlm_sglang.isd.target import SamplingRows, target_scores
 
-__all__ = ["SamplingRows", "StepOutcome", "isd_step", "step_positions", "step_tokens", "target_scores"]
+__all__ = ["SamplingRows", "StepOutcome", "first_proposal", "isd_step", "step_positions", "step_tokens", "target_scores"]

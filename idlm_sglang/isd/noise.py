@@ -4,7 +4,8 @@ The noise of a token does not depend on the batch, the stride, the order of arri
 its competitors: this is what makes seeded text the same at any stride, and random draws agree across TP ranks.
 
 The generator is a keyed integer hash (two rounds of a 32-bit finaliser with full avalanche over two 32-bit keys per
-row). Arithmetic runs in int64 with 32-bit masks, so that CPU and GPU give the same bits.
+row). Its arithmetic is that of 32-bit integers: in int64 with masks for the keys of a row, in wrapping int32 for the row's V
+values. Multiplication gives the same low 32 bits either way, and so do CPU and GPU.
 """
 
 import torch
@@ -24,19 +25,33 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+def _wrapped(constant: int) -> int:
+    """The int32 with the bits of a 32-bit constant."""
+    return constant - (1 << 32) if constant >> 31 else constant
+
+
+def _mix_wrapping(x: torch.Tensor) -> torch.Tensor:
+    """:func:`_mix` on an int32 tensor, in place. Shifts of int32 bring the sign bit along, which is masked off."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_wrapped(0x7FEB352D))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_wrapped(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
 def _row_keys(seeds: torch.Tensor, positions: torch.Tensor, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two 32-bit keys per row from 64-bit seeds ``(B,)`` and positions ``(B, R)``; both ``(B, R)`` int64."""
-    low = (seeds & _MASK32)[:, None]
-    high = ((seeds >> 32) & _MASK32)[:, None]
+    low, high = seeds & _MASK32, (seeds >> 32) & _MASK32
     place = (positions.to(torch.int64) * 4 + stream) & _MASK32
-    first = _mix(_mix(low ^ 0x9E3779B9) ^ _mix(place))
-    second = _mix(_mix(high ^ 0x85EBCA6B) + _mix(place ^ 0xC2B2AE35) & _MASK32)
-    return _mix(first ^ second), _mix((second + low * 0x27D4EB2F) & _MASK32)
+    # The two halves of a stage are mixed together: on small batches the number of operations is the cost.
+    own, other = _mix(torch.stack([low ^ 0x9E3779B9, high ^ 0x85EBCA6B]))[..., None]
+    here, there = _mix(torch.stack([place, place ^ 0xC2B2AE35]))
+    first, second = _mix(torch.stack([own ^ here, other + there & _MASK32]))
+    first, second = _mix(torch.stack([first ^ second, (second + low[:, None] * 0x27D4EB2F) & _MASK32]))
+    return first, second
 
 
 def _unit(bits: torch.Tensor) -> torch.Tensor:
     """32-bit integers to float32 in (0, 1); small values keep their full relative precision."""
-    return ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    return bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
 
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int = STREAM_ACCEPT) -> torch.Tensor:
@@ -60,7 +75,8 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int, stream: int
         ``(B, R, V)`` float32.
     """
     first, second = _row_keys(seeds, positions, stream)
-    token = (torch.arange(vocab, device=seeds.device, dtype=torch.int64) * 0x9E3779B1) & _MASK32
-    bits = _mix(_mix(token ^ first[..., None]) ^ second[..., None])
+    first, second = (key.to(torch.int32)[..., None] for key in (first, second))
+    token = torch.arange(vocab, device=seeds.device, dtype=torch.int32) * _wrapped(0x9E3779B1)
+    bits = _mix_wrapping(_mix_wrapping(token ^ first).bitwise_xor_(second))
     # u is the exponential's survival value: small u gives large noise, where float32 is finest.
-    return -torch.log(-torch.log1p(-_unit(bits)))
+    return _unit(bits.to(torch.int64).bitwise_and_(_MASK32)).neg_().log1p_().neg_().log_().neg_()

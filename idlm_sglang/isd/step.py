@@ -108,3 +108,23 @@ def isd_step(
 
     proposal = propose(scores[:, k + 1 :], chosen[:, k + 1 :], greedy, standing, limits, rows.any_rejection)
     return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)
+
+
+def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows) -> Proposal:
+    """Drafts from MASK rows that stood behind a prompt, in the prefill's own forward.
+
+    Args:
+        logits: ``(B, K, V)`` float32, MASK removed; row j is the MASK at position ``seq_lens + j``.
+        limits: ``(B,)`` integer, the most drafts each request may carry.
+        seq_lens: ``(B,)`` integer, length of the prompt: the position of the token that the prefill draws itself.
+        rows: sampling parameters.
+    """
+    _, k, vocab = logits.shape
+    scores = target_scores(logits, rows)
+    chosen = scores.argmax(-1)
+    if rows.any_sampled:
+        positions = seq_lens.to(torch.int64)[:, None] + torch.arange(k, device=logits.device)
+        g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
+        chosen = torch.where(rows.greedy[:, None], chosen, (scores + g).argmax(-1))
+    standing = torch.ones_like(rows.greedy)
+    return propose(scores, chosen, rows.greedy, standing, limits, rows.any_rejection)

@@ -2,7 +2,7 @@
 probabilities (the joint rule of SGLang's samplers). Ties are broken by the lower token id, so that the support of a
 row never depends on the batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,11 @@ class SamplingRows:
     def greedy(self) -> torch.Tensor:
         """``(B,)`` bool."""
         return self.top_k <= 1
+
+    def at(self, index: torch.Tensor) -> "SamplingRows":
+        """Those of the requests ``index`` ``(B',)`` int64."""
+        tensors = {name: getattr(self, name)[index] for name in ("temperature", "top_k", "top_p", "min_p", "seed", "coupled")}
+        return replace(self, **tensors)
 
 
 def support(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm_sglang.isd import isd_step, noise, verify
+from idlm_sglang.isd import first_proposal, isd_step, noise, verify
 from tests.isd.reference import GREEDY, NEG, Params, sampling_rows, target_probs
 
 KINDS = [
@@ -265,3 +265,22 @@ def test_padding_and_stale_values_reach_nothing(q_filler):
     assert torch.equal(clean.tokens[committed], soiled.tokens[committed])
     for name in ("drafts", "counts", "log_q", "q"):
         assert torch.equal(getattr(clean.proposal, name), getattr(soiled.proposal, name)), name
+
+
+def test_masks_behind_a_prompt_propose_what_a_cold_step_would():
+    """The same MASK rows at the same positions: the drafts, their q and counts do not depend on which forward held the rows."""
+    batch, k, vocab = len(KINDS), 3, 11
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(batch, 2 * k + 1, vocab, generator=generator)
+    rows = sampling_rows(KINDS, seeds=torch.arange(batch))
+    limits, pending_at = torch.tensor([3, 2, 0, 1, 3, 3]), torch.arange(5, 5 + batch)
+    none = torch.zeros(batch, k, dtype=torch.int64)
+    cold = isd_step(
+        logits, none, torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, k), torch.zeros(batch, k, vocab), limits, pending_at, rows
+    ).proposal
+    warm = first_proposal(logits[:, 1 : k + 1], limits, pending_at + 1, rows)
+    for name in ("drafts", "counts", "log_q", "q"):
+        torch.testing.assert_close(getattr(warm, name), getattr(cold, name), rtol=0, atol=0)
+    index = torch.tensor([4, 1])
+    part = first_proposal(logits[index, 1 : k + 1], limits[index], pending_at[index] + 1, rows.at(index))
+    assert torch.equal(part.drafts, warm.drafts[index]) and torch.equal(part.q, warm.q[index])
