@@ -31,7 +31,8 @@ def reserve(batch) -> None:
     to requests whose prompt goes on in a later chunk.
     """
     setattr(batch, _ROWS, [])
-    plain = batch.input_embeds is None and not batch.return_logprob and not any(batch.multimodal_inputs or ())
+    prompt_logprobs = batch.return_logprob and any(s < n for s, n in zip(batch.extend_logprob_start_lens, batch.extend_lens))
+    plain = batch.input_embeds is None and not prompt_logprobs and not any(batch.multimodal_inputs or ())
     rows = [i for i, req in enumerate(batch.reqs) if _takes_masks(req)] if plain else []
     if not rows:
         return
