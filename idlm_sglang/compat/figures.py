@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from idlm_sglang.compat.running import is_isd
-from idlm_sglang.config import AUTO
 
 
 def attach_report(acc, **_) -> None:
@@ -154,15 +153,13 @@ def stride_handler(handlers: dict, state) -> dict | None:
     worker = state.scheduler.draft_worker
 
     def validate(key: str, value: Any) -> None:
-        top = worker.settings.max_stride
-        if value == AUTO and worker.control is not None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:
-            more = f", or {AUTO}" if worker.control is not None else ""
-            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from 1 to {top}{more}")
+        # SGLang takes numbers alone: 0 stands for auto.
+        low, top = int(worker.control is None), worker.settings.max_stride
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= top:
+            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from {low} to {top}")
 
     def apply(key: str, value: Any) -> None:
-        worker.auto = value == AUTO
+        worker.auto = value == 0
         if not worker.auto:
             worker.set_stride(value)
 

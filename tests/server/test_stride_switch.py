@@ -62,10 +62,10 @@ def test_a_stride_can_be_forced_and_left_to_the_server_again(isd, isd_tight):
         isd_tight.generate(chat("Hi"), temperature=0, max_new_tokens=200, ignore_eos=True)
         assert {n for n, count in strides(isd_tight).items() if count > before.get(n, 0)} == {"3"}
     finally:
-        assert switch(isd_tight, "auto") == [True]
+        assert switch(isd_tight, 0) == [True]
     assert isd_tight.info()["internal_states"][0]["idlm"]["auto"]
     # Step times are measured at the start of a server that is to choose.
-    assert switch(isd, "auto") == [False]
+    assert switch(isd, 0) == [False]
 
 
 @pytest.mark.parametrize("stride", [1, 8])
@@ -79,7 +79,7 @@ def test_a_short_pool_holds_as_many_requests_as_the_stride_in_use_permits(isd_ti
         isd_tight.many([{"prompt": p, "temperature": 0, "max_new_tokens": 44, "logit_bias": {"2": -100}} for p in ids], 20)
         retracted = isd_tight.log.read_text(errors="replace").count("Retract requests.") - before
     finally:
-        switch(isd_tight, "auto")
+        switch(isd_tight, 0)
     print(f"stride {stride}: {retracted} retractions")
     assert (retracted > 0) == (stride == 8)
 
