@@ -44,7 +44,9 @@ class Counts(Counter):
         super().__init__()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name.startswith(_IDLM) or sample.name in (_VERIFIES, _GENERATED, _RETRACTED):
+                # Gauges are no counts: they go down.
+                own = sample.name.startswith(_IDLM) and sample.name.endswith("_total")
+                if own or sample.name in (_VERIFIES, _GENERATED, _RETRACTED):
                     self[sample.name, sample.labels.get("position") or sample.labels.get("kind") or sample.labels.get("stride") or ""] += sample.value
 
     def since(self, before: "Counts") -> "Counts":
