@@ -28,6 +28,17 @@ def test_ranks_are_added_up():
     assert found.tokens_per_forward == 100 / 50 and found.accepted == (29,)
 
 
+def test_where_the_stride_changed_the_rows_of_a_round_are_a_mean_and_positions_those_that_were_used():
+    def strided(three, six, stride):
+        steps = ["# TYPE idlm:steps counter", f'idlm:steps_total{{stride="3"}} {three}', f'idlm:steps_total{{stride="6"}} {six}', 'idlm:steps_total{stride="8"} 5']
+        return "\n".join([*steps, "# TYPE idlm:stride gauge", f"idlm:stride {stride}"]) + "\n"
+
+    before = Counts(scrape(0, 0, 0, [0] * 7, [0] * 7) + strided(10, 10, 8))
+    behind = Counts(scrape(80, 20, 300, [70] * 7, [80] * 7) + strided(20, 40, 3))
+    found = decoding(behind.since(before), 30, 3, "ISD", 15)
+    assert found.queries == (10 * 5 + 30 * 11) / 40 and len(found.proposed) == 5
+
+
 def test_ar_is_one_token_per_forward_by_definition():
     assert decoding(Counts(), 10, None, None, None).tokens_per_forward == 1.0
 
