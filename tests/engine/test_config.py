@@ -9,7 +9,7 @@ from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, r
 
 
 def test_defaults():
-    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001)
+    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001, salvage="auto")
 
 
 def test_environment_and_flag():

@@ -137,5 +137,7 @@ def test_survivors_kept_by_their_value_are_noticed(monkeypatch):
 def test_mask_rows_that_see_survivors_are_noticed(monkeypatch):
     """What they draw is kept when a survivor they saw was never tried."""
     exact = Tabular.step_logits
+    model = Tabular(3, seed=1, spread=2.5)
+    assert check("survivors hidden", model, REJECTION, 7, 3, seed=27, salvage=BRANCH) > EXACT
     monkeypatch.setattr(Tabular, "step_logits", lambda self, window, pending, drafts, counts, forks: exact(self, window, pending, drafts, counts, counts))
-    assert noticed("MASK rows see survivors") < BIASED
+    assert check("MASK rows see survivors", model, REJECTION, 7, 3, seed=27, salvage=BRANCH) < BIASED
