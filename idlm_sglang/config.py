@@ -19,6 +19,9 @@ DEFAULT_SELFCHECK = 0.001
 REJECTION = "rejection"
 COUPLED = "coupled"
 
+# What a rejection leaves; `isd.layout` has the three below `auto`, which is resolved by the attention backend.
+AUTO, BRANCH, CHAIN, OFF = SALVAGE = ("auto", "branch", "chain", "off")
+
 
 class SettingError(SystemExit, ValueError):
     """A setting that cannot be served: one line that names it, its value and what is allowed.
@@ -42,6 +45,7 @@ class Settings:
         mask_token_id: MASK for checkpoints that do not name one, or None.
         sampling_rule: which exact rule serves sampled requests without a seed, ``coupled`` (the server draws one) or ``rejection``.
         selfcheck: share of finished requests that is asked again at one token per step and compared, 0 to 1.
+        salvage: what a rejection leaves for the next step: survivors for a ``branch`` round or a ``chain``, or nothing (``off``).
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
         auto: the stride controller chooses N, step by step.
     """
@@ -51,6 +55,7 @@ class Settings:
     mask_token_id: int | None = None
     sampling_rule: str = COUPLED
     selfcheck: float = DEFAULT_SELFCHECK
+    salvage: str = AUTO
     strided_grammars: bool = True
     auto: bool = False
 
@@ -98,8 +103,8 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE`` and ``IDLM_SELFCHECK`` are
-    read; every bad value raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK`` and
+    ``IDLM_SALVAGE`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -131,6 +136,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     if rule not in (REJECTION, COUPLED):
         raise SettingError(f"IDLM_SAMPLING_RULE={rule!r} is not known; allowed: {COUPLED}, {REJECTION}")
     checked = env.get("IDLM_SELFCHECK")
+    salvage = env.get("IDLM_SALVAGE", AUTO)
+    if salvage not in SALVAGE:
+        raise SettingError(f"IDLM_SALVAGE={salvage!r} is not known; allowed: {', '.join(SALVAGE)}")
     return Settings(
         stride=stride,
         auto=auto,
@@ -138,6 +146,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         mask_token_id=None if mask is None else _integer("IDLM_MASK_TOKEN_ID", mask, 0, None),
         sampling_rule=rule,
         selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
+        salvage=salvage,
     )
 
 

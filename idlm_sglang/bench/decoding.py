@@ -64,7 +64,7 @@ def decoding(counts: Counts, answers: int, stride: int | None, algorithm: str | 
     if any(value < 0 for value in counts.values()):
         return None  # a server that was restarted, or another one behind the same address
     if stride is not None:
-        rounds = {kind: counts["idlm:rounds_total", kind] for kind in ("verify", "cold", "single")}
+        rounds = {kind: counts["idlm:rounds_total", kind] for kind in ("verify", "salvage", "cold", "single")}
         total = sum(rounds.values())
         if not total:
             return None

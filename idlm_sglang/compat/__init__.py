@@ -35,11 +35,10 @@ from idlm_sglang.compat.requests import (
     attach_seeds,
     penalties_in_order,
     refuse_in_http,
-    room_for_masks,
     scores_without_generating,
     token_keyed_sampler,
 )
-from idlm_sglang.compat.reserve import allocate_in_use, need_in_use, reserve_in_use
+from idlm_sglang.compat.reserve import allocate_in_use, need_in_use, reserve_in_use, room_for_masks
 from idlm_sglang.compat.start import (
     model_class_on_demand,
     packed_anew,

@@ -47,3 +47,17 @@ def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
     """
     with _for(requests, batch.enable_overlap):
         return original(batch, requests, page_size)
+
+
+def room_for_masks(_, batch) -> None:
+    """What: after ``ScheduleBatch.prepare_for_extend`` the requests whose prompt ends there get KV slots for MASK rows.
+    Why: the forward that ends a prompt can draw the first drafts; SGLang allocates a decode step's slots only behind it.
+    Guard: the hook applied; answers are compared with AR, and a test finds no cold step behind a prompt.
+    Goes when: SGLang lets a speculative algorithm reserve slots at prefill.
+    """
+    if not is_isd():
+        return
+    from idlm_sglang.engine.warm import reserve
+
+    with _for(batch.reqs, batch.enable_overlap):
+        reserve(batch)

@@ -20,20 +20,22 @@ class StrideControl:
         blocking: the forward has ended when the worker returns (a CPU).
         group: SGLang's tensor-parallel group.
         totals: this process's counts (``IsdMetrics.totals``), None on ranks that do not count.
+        salvage: rounds behind a rejection carry drafts that survived it.
     """
 
-    def __init__(self, times: StepTimes, strides: tuple[int, ...], blocking: bool, group, totals):
-        self._controller = StrideController(times, strides)
+    def __init__(self, times: StepTimes, strides: tuple[int, ...], blocking: bool, group, totals, salvage: bool):
+        self._controller = StrideController(times, strides, salvage)
         self._clock = StepClock(blocking)
         self._group, self._totals = group, totals
         self._steps, self._told = 0, (0, 0)
         self._tokens_per_round = self._speed = None
 
-    def rounds(self, seen: list[tuple[int, int]]) -> None:
-        """Drafts verified and accepted of each request in one step, as they reach the host."""
-        tried = [pair for pair in seen if pair[0]]
-        if tried:
-            self._controller.observe_rounds(*zip(*tried))
+    def rounds(self, seen: list[tuple[int, int, bool]]) -> None:
+        """Of each request in one step: drafts verified, accepted, and whether they were survivors; as they reach the host."""
+        for survivors in (False, True):
+            tried = [(count, run) for count, run, salvaged in seen if count and salvaged == survivors]
+            if tried:
+                self._controller.observe_rounds(*zip(*tried), survivors)
 
     def other(self) -> None:
         """An extend starts."""

@@ -9,12 +9,16 @@ from idlm_sglang.isd.propose import Proposal
 
 @dataclass(frozen=True)
 class Carried:
-    """Drafts a batch brings into a step: ``drafts (B, K)``, ``counts (B,)``, ``log_q (B, K)``, ``q (B, K, V)`` or None."""
+    """Drafts a batch brings into a step: ``drafts (B, K)``, ``counts (B,)``, ``log_q (B, K)``, ``q (B, K, V)`` or None, ``clean (B,)``.
+
+    The first ``clean`` drafts are no survivors of a rejection.
+    """
 
     drafts: torch.Tensor
     counts: torch.Tensor
     log_q: torch.Tensor
     q: torch.Tensor | None
+    clean: torch.Tensor
 
 
 class SlotState:
@@ -33,6 +37,7 @@ class SlotState:
     def __init__(self, slots: int, drafts: int, vocab: int, keep_q: bool, device):
         self.drafts = torch.zeros(slots, drafts, dtype=torch.int64, device=device)
         self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.clean_counts = torch.zeros(slots, dtype=torch.int64, device=device)
         self.log_q = torch.zeros(slots, drafts, dtype=torch.float32, device=device)
         self.numbers = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lengths = torch.full((slots,), -1, dtype=torch.int64, device=device)
@@ -58,7 +63,8 @@ class SlotState:
         fits = (self.numbers[slots] == numbers) & (self.lengths[slots] == seq_lens)
         counts = torch.where(fits, torch.minimum(self.counts[slots], limits), 0).clamp(max=k)
         q = self.q[slots, :k] if with_q else None
-        return Carried(self.drafts[slots, :k], counts, self.log_q[slots, :k], q)
+        clean = torch.minimum(self.clean_counts[slots], counts)
+        return Carried(self.drafts[slots, :k], counts, self.log_q[slots, :k], q, clean)
 
     def store(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, proposal: Proposal) -> None:
         """Keep a step's proposal for the request ``numbers`` at its new length ``seq_lens`` (both ``(B,)``)."""
@@ -66,6 +72,7 @@ class SlotState:
         self.drafts[slots, :k] = proposal.drafts
         self.log_q[slots, :k] = proposal.log_q
         self.counts[slots] = proposal.counts
+        self.clean_counts[slots] = proposal.clean
         self.numbers[slots] = numbers
         self.lengths[slots] = seq_lens.to(torch.int64)
         if proposal.q is not None:

@@ -29,10 +29,10 @@ from idlm_sglang.engine.state import Carried, SlotState
 from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.engine.warm import rows_of, with_masks
-from idlm_sglang.isd import first_proposal, isd_step, step_positions, step_tokens
+from idlm_sglang.isd import BRANCH, OFF, first_proposal, isd_step, row_offsets, step_positions, step_tokens, visible_rows
+from idlm_sglang.isd.layout import drafts_in_front, forks
 from idlm_sglang.isd.penalties import penalise
 from idlm_sglang.isd.stride import StepTimes, ladder
-from idlm_sglang.isd.verify import valid_drafts
 from idlm_sglang.model import MaskFreeLogitsProcessor
 
 logger = logging.getLogger(__name__)
@@ -98,17 +98,21 @@ class IsdWorker(BaseSpecWorker):
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
         self.counts = TokenCounts(slots, self.vocab, self.device)
         logger.info(
-            "idlm: stride %s (up to %d), MASK %d, sampling rule %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
+            "idlm: stride %s (up to %d), MASK %d, sampling rule %s, salvage %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
             AUTO if self.auto else self.stride,
             self.settings.max_stride,
             self.mask_id,
             self.settings.sampling_rule,
+            self.settings.salvage,
             SlotState.q_bytes(slots, drafts, self.vocab) / 2**20 if keep_q else 0.0,
             self.counts.counts.nbytes / 2**20,
             slots,
         )
 
     def init_cuda_graphs(self):
+        backend = self.model_runner.attn_backend
+        if self.settings.salvage == BRANCH and not getattr(backend, "hides_new_columns", False):
+            raise SettingError(f"IDLM_SALVAGE={BRANCH} cannot be served with the attention of {type(backend).__name__}; allowed: chain, off")
         if getattr(self.model_runner, "decode_cuda_graph_runner", None) is not None:
             raise SettingError("decode CUDA graphs are not supported with --speculative-algorithm ISD; allowed: --cuda-graph-backend-decode disabled")
 
@@ -119,7 +123,7 @@ class IsdWorker(BaseSpecWorker):
             strides = ladder(self.settings.max_stride)
             times = measure(self, strides, self.model_runner.max_running_requests, _MEASURING)
             totals = None if self.metrics is None else self.metrics.totals
-            self.control = StrideControl(StepTimes(times), strides, self.device == "cpu", get_parallel().tp_group, totals)
+            self.control = StrideControl(StepTimes(times), strides, self.device == "cpu", get_parallel().tp_group, totals, self.settings.salvage != OFF)
             if self.metrics is not None:
                 self.metrics.on_step = self.control.rounds
         return result
@@ -288,17 +292,30 @@ class IsdWorker(BaseSpecWorker):
             carried, failed = grammars.adjust(carried)
             self._abort(batch, failed)
         tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, self.mask_id)
-        positions = step_positions(committed, width)
-        batch.out_cache_loc = self.req_to_token[slots[:, None], positions].view(-1).to(torch.int64)
+        columns = positions = step_positions(committed, width)
+        seen, visible = forks(carried.clean, carried.counts, self.settings.salvage), None
+        if self.settings.salvage == BRANCH:
+            positions = committed[:, None] + row_offsets(carried.counts, seen, width)
+            visible = visible_rows(carried.counts, seen, width)
+        batch.out_cache_loc = self.req_to_token[slots[:, None], columns].view(-1).to(torch.int64)
         # Rows behind the context's end commit nothing; their positions only have to stay inside the rotary table.
-        verify = IsdVerifyInput(tokens.view(-1), positions.clamp(max=self.last_position).view(-1), width)
+        verify = IsdVerifyInput(tokens.view(-1), positions.clamp(max=self.last_position).view(-1), width, new_visible=visible)
         forward_batch, _ = verify.prepare_for_verify(batch, self._target_worker, defer_metadata_init=True)
         out = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
         logits = out.logits_output.next_token_logits.float().view(count, width, -1)
-        logits = self._with_request_terms(logits, batch, rows, carried, grammars)
+        logits = self._with_request_terms(logits, batch, rows, carried, seen, grammars)
         step = isd_step(
-            logits, carried.drafts, carried.counts, carried.log_q, carried.q, rows.limits, committed, rows.sampling(batch.sampling_info)
+            logits,
+            carried.drafts,
+            carried.counts,
+            carried.log_q,
+            carried.q,
+            rows.limits,
+            committed,
+            rows.sampling(batch.sampling_info),
+            seen,
+            self.settings.salvage != OFF,
         )
         self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
         if rows.penalised is not None:
@@ -308,11 +325,14 @@ class IsdWorker(BaseSpecWorker):
             compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)
         # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
         out.logits_output.next_token_logits = None
-        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection], dim=1)
+        survivors = (carried.counts - carried.clean).float()
+        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection, survivors], dim=1)
         limits = rows.limits_host
         return self._result(batch, out, step.tokens.view(-1), step.accept_lens, step.last, committed, k + 1, stats, limits, on_publish)
 
-    def _with_request_terms(self, logits: torch.Tensor, batch, rows: BatchRows, carried: Carried, grammars: GrammarStep | None) -> torch.Tensor:
+    def _with_request_terms(
+        self, logits: torch.Tensor, batch, rows: BatchRows, carried: Carried, seen: torch.Tensor, grammars: GrammarStep | None
+    ) -> torch.Tensor:
         """What the requests add to the logits ``(B, W, V)``, in the order of SGLang's sampler: penalties, grammar, bias, processors."""
         info = batch.sampling_info
         if rows.penalised is not None:
@@ -322,7 +342,7 @@ class IsdWorker(BaseSpecWorker):
                 rows.penalised.penalties,
                 self.counts.of(batch.req_pool_indices[index]),
                 carried.drafts[index],
-                valid_drafts(carried.counts[index], carried.drafts.shape[1]),
+                drafts_in_front(carried.counts[index], seen[index], carried.drafts.shape[1], logits.shape[1]),
                 batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
             )
         if grammars is not None:

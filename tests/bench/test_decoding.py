@@ -5,8 +5,9 @@ import pytest
 from idlm_sglang.bench.decoding import Counts, decoding
 
 
-def scrape(verify, cold, tokens, accepted, proposed, rank="0"):
-    lines = ["# TYPE idlm:rounds counter", f'idlm:rounds_total{{kind="verify",dp_rank="{rank}"}} {verify}', f'idlm:rounds_total{{kind="cold",dp_rank="{rank}"}} {cold}']
+def scrape(verify, cold, tokens, accepted, proposed, rank="0", salvage=0):
+    kinds = {"verify": verify, "salvage": salvage, "cold": cold}
+    lines = ["# TYPE idlm:rounds counter"] + [f'idlm:rounds_total{{kind="{kind}",dp_rank="{rank}"}} {n}' for kind, n in kinds.items()]
     lines += ["# TYPE idlm:tokens_committed counter", f'idlm:tokens_committed_total{{dp_rank="{rank}"}} {tokens}']
     for name, values in (("accepted", accepted), ("proposed", proposed)):
         lines += [f"# TYPE idlm:drafts_{name} counter"] + [f'idlm:drafts_{name}_total{{dp_rank="{rank}",position="{i}"}} {v}' for i, v in enumerate(values, 1)]
@@ -20,6 +21,11 @@ def test_what_came_before_the_point_does_not_count():
     found = decoding(behind.since(before), 30, 4, "ISD", 7)
     assert found.tokens_per_forward == 300 / 100 and found.queries == 7 and found.efficiency == pytest.approx(9 / 7)
     assert found.accepted == (76, 70, 60) and found.proposed == (80, 80, 80) and found.cold == 0.2
+
+
+def test_rounds_with_survivors_are_forwards_too():
+    found = decoding(Counts(scrape(80, 10, 300, [76], [80], salvage=10)), 30, 2, "ISD", 3)
+    assert found.tokens_per_forward == 300 / 100 and found.cold == 0.1 and found.accepted == (76,)
 
 
 def test_ranks_are_added_up():

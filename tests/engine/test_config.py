@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from idlm_sglang import config
 from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, read_settings
 
 
 def test_defaults():
-    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001)
+    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001, salvage="auto")
 
 
 def test_environment_and_flag():
@@ -46,6 +48,7 @@ def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
         (None, {"IDLM_SELFCHECK": "-0.1"}, ["IDLM_SELFCHECK", "'-0.1'"]),
         (None, {"IDLM_SELFCHECK": "nan"}, ["IDLM_SELFCHECK", "'nan'"]),
         (None, {"IDLM_SELFCHECK": "often"}, ["IDLM_SELFCHECK", "'often'"]),
+        (None, {"IDLM_SALVAGE": "on"}, ["IDLM_SALVAGE", "'on'", "auto, branch, chain, off"]),
         (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),
     ],
 )
@@ -69,3 +72,20 @@ def test_settings_reach_the_processes_that_inherit_the_environment(monkeypatch):
     monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
     hand_down(Settings(2, 8, 5, "rejection"))
     assert handed_down() == Settings(2, 8, 5, "rejection")
+
+
+def test_a_branch_needs_a_backend_that_hides_columns():
+    from idlm_sglang.engine.algorithm import resolve_salvage
+
+    def args(attention, decode=None):
+        return SimpleNamespace(attention_backend=attention, prefill_attention_backend=None, decode_attention_backend=decode)
+
+    assert resolve_salvage("auto", args("torch_native")) == resolve_salvage("branch", args("torch_native")) == "branch"
+    for backend in (args("triton"), args("flashinfer"), args("torch_native", "triton")):
+        assert resolve_salvage("auto", backend) == "off" and resolve_salvage("chain", backend) == "chain"
+        with pytest.raises(SettingError, match="IDLM_SALVAGE=branch cannot be served with --attention-backend (triton|flashinfer).*allowed: auto, chain, off"):
+            resolve_salvage("branch", backend)
+
+
+def test_the_settings_of_the_server_are_the_policies_of_the_algorithm():
+    assert (config.BRANCH, config.CHAIN, config.OFF) == (layout.BRANCH, layout.CHAIN, layout.OFF)
