@@ -1,0 +1,80 @@
+"""What `idlm bench` measured, read from its raw results: throughputs, answer lengths, acceptance, the cost of stride 1."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.simulate.chain import Acceptance
+from idlm_sglang.bench.store import Store
+from idlm_sglang.bench.summary import ratio, throughput
+from idlm_sglang.config import SettingError
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One results folder at one temperature. Rows are raw results by (arm, concurrency), in the order of their repeats."""
+
+    folder: Path
+    rows: dict[tuple[str, int], list[dict[str, Any]]]
+
+    @classmethod
+    def read(cls, folder: Path, temperature: float = 0.0) -> "Bench":
+        """Raises SettingError where the folder has no results at this temperature."""
+        rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for point, row in sorted(Store(folder).results.items(), key=lambda item: item[0].repeat):
+            if point.temperature == temperature:
+                rows.setdefault((point.arm, point.concurrency), []).append(row)
+        if not rows:
+            raise SettingError(f"{folder} holds no results of `idlm bench` at temperature {temperature:g}; allowed: a folder with its raw.jsonl")
+        return cls(folder, rows)
+
+    @property
+    def concurrencies(self) -> list[int]:
+        return sorted({c for _, c in self.rows})
+
+    def has(self, arm: str) -> bool:
+        return any(name == arm for name, _ in self.rows)
+
+    def throughputs(self, arm: str, concurrency: int) -> list[float]:
+        return [throughput(row) for row in self.rows[arm, concurrency]]
+
+    def ratio(self, arm: str, reference: str, concurrency: int):
+        """Ratio with its interval, as the report of `idlm bench` has it."""
+        return ratio(self.throughputs(arm, concurrency), self.throughputs(reference, concurrency))
+
+    def requests(self, arm: str, concurrency: int, key: str) -> np.ndarray:
+        """"tokens", "prompt_tokens", "ttft" .. of all requests of all repeats."""
+        return np.concatenate([row["requests"][key] for row in self.rows[arm, concurrency]])
+
+    def acceptance(self, arm: str) -> Acceptance:
+        """By position, all concurrencies together. The counters hold drafts accepted with all before them: quotients of neighbours are conditional."""
+        told = [row["decoding"] for (name, _), rows in self.rows.items() for row in rows if name == arm]
+        accepted, proposed = (np.sum([d[key] for d in told], axis=0).astype(float) for key in ("accepted", "proposed"))
+        reach = np.concatenate([[1.0], accepted / proposed])
+        return Acceptance(tuple((reach[1:] / reach[:-1]).tolist()))
+
+    def per_round(self, arm: str, concurrency: int) -> float:
+        return float(np.mean([row["decoding"]["tokens_per_forward"] for row in self.rows[arm, concurrency]]))
+
+
+@dataclass(frozen=True)
+class Single:
+    """What a server forced to one token per step costs over stock AR, from tokens per second at one client.
+
+    share: of AR's speed that is lost. seconds: of each token more.
+    """
+
+    share: float
+    seconds: float
+    source: str
+
+
+def single(bench: Bench, arm: str = "isd:1", reference: str = "stock", concurrency: int = 1) -> Single:
+    """Raises SettingError where the two arms were not measured."""
+    if (arm, concurrency) not in bench.rows or (reference, concurrency) not in bench.rows:
+        raise SettingError(f"--single {bench.folder} holds no arms {reference} and {arm} at concurrency {concurrency}; allowed: a folder of `idlm bench` with both")
+    found = bench.ratio(arm, reference, concurrency)
+    ar = float(np.exp(np.mean(np.log(bench.throughputs(reference, concurrency)))))
+    return Single(1 - found.mean, max(0.0, concurrency * (1 / found.mean - 1) / ar), f"{arm} over {reference} {found} at C = {concurrency}")
