@@ -13,6 +13,7 @@ from benchmarks.simulate.chain import Acceptance, Drafts, Round, advance
 from benchmarks.simulate.workload import Workload
 
 AR = 0
+_MANY = 99  # more drafts than any stride keeps
 
 
 class Times(Protocol):
@@ -105,7 +106,7 @@ def run(times: Times, policy: Policy, acceptance: Acceptance, load: Load, seed: 
         columns = np.where(exists, load.prompt + load.ages, 0)
         given = load.slots.copy()
         # Like any request that decodes, these have the drafts of their last step.
-        drafts.linear += MANY
+        drafts.linear += _MANY
     while True:
         if (given < asked).any():
             free = exists & (left == 0)
@@ -145,8 +146,6 @@ def run(times: Times, policy: Policy, acceptance: Acceptance, load: Load, seed: 
         for n in np.unique(stride):
             used.setdefault(int(n), np.zeros(setups))
             used[int(n)] += np.where(stride == n, running, 0)
-    return Outcome(steady_tokens / steady_clock, tokens / clock, committed / rounds, {n: count / rounds for n, count in sorted(used.items())})
-
-
-MANY = 99
-"""More drafts than any stride keeps."""
+    # Where nothing ever waited there is no steady part to tell apart.
+    steady = np.divide(steady_tokens, steady_clock, out=tokens / clock, where=steady_clock > 0)
+    return Outcome(steady, tokens / clock, committed / rounds, {n: count / rounds for n, count in sorted(used.items())})

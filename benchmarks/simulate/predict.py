@@ -30,51 +30,62 @@ CONTROLLER = "controller"
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is assumed of an ISD step's costs over AR's: the fitted ones or none, and of the measured cost of stride 1, its seconds or its share of AR's step."""
+    """What is assumed of an ISD step's cost over AR's.
+
+    Attributes:
+        host: the cost that was fitted on the published server, or none.
+        single: the measured cost of stride 1 as its SECONDS, as its SHARE of AR's step, or FREE.
+        whole: simulate every arm, or the controller with cold rounds alone.
+    """
 
     name: str
     host: bool
-    share: bool
+    single: str
+    whole: bool = False
 
     def times(self, setups: list[Setup], overheads: Overheads, single: Single) -> Roofline:
         fitted = overheads if self.host else replace(overheads, isd=0.0, isd_request=0.0)
-        return Roofline(setups, fitted, **({"single_share": 1 / (1 - single.share) - 1} if self.share else {"single": single.seconds}))
+        seconds = single.seconds if self.single == SECONDS else 0.0
+        return Roofline(setups, fitted, seconds, 1 / (1 - single.share) - 1 if self.single == SHARE else 0.0)
 
 
-BASE = Scenario("published host cost, N = 1 cost in ms", host=True, share=False)
+SECONDS, SHARE, FREE = "seconds", "share", "free"
+BASE = Scenario("published host cost; N = 1 costs what it does on CPU, in ms", host=True, single=SECONDS, whole=True)
 SCENARIOS = (
     BASE,
-    Scenario("published host cost, N = 1 cost as a share", host=True, share=True),
-    Scenario("no host cost beyond AR's, N = 1 cost in ms", host=False, share=False),
-    Scenario("no host cost beyond AR's, N = 1 cost as a share", host=False, share=True),
+    Scenario("published host cost; N = 1 costs what it does on CPU, as a share", host=True, single=SHARE),
+    Scenario("published host cost; N = 1 free", host=True, single=FREE),
+    Scenario("no host cost beyond AR's; N = 1 costs what it does on CPU, in ms", host=False, single=SECONDS),
 )
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """One arm of one set-up at one concurrency.
+    """One arm of one set-up at one concurrency, as predictions.csv has it.
 
     Attributes:
+        setup: its name, made of model, dtype, device, TP.
         running: requests at a time: clients, or fewer where the KV cache holds no more; the others wait, in AR as well.
-        arm: "AR", "N=4" or "controller"; salvage: or cold rounds behind rejections.
+        arm: "AR", "N=4" or "controller". salvage: 1, or 0 for cold rounds behind rejections.
         steady, total: tokens per second, see `loop.Outcome`; steady_ratio, total_ratio: over AR's.
-        changes: of the controller's stride, per 1000 steps... of the whole load.
-        used: share of the requests' rounds by stride.
+        per_round: tokens per request and decode step.
+        changes: of the controller's stride.
+        used: share of the requests' rounds by stride, "N:share" by falling share.
     """
 
     scenario: str
-    setup: Setup
+    setup: str
     clients: int
     running: int
     arm: str
-    salvage: bool
+    salvage: int
     steady: float
     total: float
     per_round: float
     steady_ratio: float
     total_ratio: float
     changes: int
-    used: dict[int, float]
+    used: str
 
 
 def setups() -> list[Setup]:
@@ -82,7 +93,7 @@ def setups() -> list[Setup]:
 
 
 def predict(overheads: Overheads, single: Single, clients: Sequence[int] = CLIENTS, seed: int = 0, say: Callable[[str], None] = print) -> list[Predicted]:
-    """Every arm in the first scenario; AR, stride 1 and the controllers in the others."""
+    """Every set-up at every concurrency in every scenario."""
     found = []
     for c in clients:
         for scenario in SCENARIOS:
@@ -95,31 +106,30 @@ def _scenario(scenario: Scenario, overheads: Overheads, single: Single, clients:
     served = setups()
     workload = Workload.of_context(1e3 * overheads.context)
     slots = np.array([min(clients, s.capacity(workload.context)) for s in served])
-    load = Load.busy(workload, slots, waves=max(3, 16 // clients), seed=seed)
+    load = Load.busy(workload, slots, waves=max(3, 8 // clients), seed=seed)
     times = scenario.times(served, overheads, single)
+    parts = [times.pick(i) for i in range(len(served))]
     ar = run(times, Fixed(AR), COLD, load, seed)
 
-    def arm(name: str, policy, acceptance: Acceptance) -> Iterator[Predicted]:
-        got = ar if name == "AR" else run(times, policy, acceptance, load, seed)
-        changes = getattr(policy, "changes", np.zeros(len(served), int))
+    def rows(name: str, acceptance: Acceptance, policy: Fixed | Controlled, got: Outcome) -> Iterator[Predicted]:
+        changes = policy.changes if isinstance(policy, Controlled) else np.zeros(len(served), int)
         for i, s in enumerate(served):
-            yield _row(scenario, s, clients, int(slots[i]), name, acceptance.branch is not None, got, ar, i, int(changes[i]))
+            used = sorted(((float(u[i]), n) for n, u in got.used.items() if u[i] >= 0.005), reverse=True)
+            yield Predicted(scenario.name, s.name, clients, int(slots[i]), name, int(acceptance.branch is not None), float(got.steady[i]), float(got.total[i]), float(got.per_round[i]),
+                            float(got.steady[i] / ar.steady[i]), float(got.total[i] / ar.total[i]), int(changes[i]), " ".join(f"{n}:{u:.2f}" for u, n in used))  # fmt: skip
 
-    yield from arm("AR", Fixed(AR), COLD)
-    yield from arm("N=1", Fixed(1), COLD)
-    for acceptance in (COLD, SALVAGE):
-        if scenario == BASE:
-            for n in FIXED:
-                yield from arm(f"N={n}", Fixed(n), acceptance)
-        parts = [times.pick(i) for i in range(len(served))]
-        yield from arm(CONTROLLER, Controlled(parts, slots, acceptance.branch is not None, seed=seed), acceptance)
+    def arm(name: str, acceptance: Acceptance, policy: Fixed | Controlled) -> Iterator[Predicted]:
+        return rows(name, acceptance, policy, run(times, policy, acceptance, load, seed))
+
+    yield from rows("AR", COLD, Fixed(AR), ar)
+    for acceptance in (COLD, SALVAGE) if scenario.whole else (COLD,):
+        salvage = acceptance.branch is not None
+        if scenario.whole:
+            for n in FIXED if salvage else (1, *FIXED):
+                yield from arm(f"N={n}", acceptance, Fixed(n))
+        yield from arm(CONTROLLER, acceptance, Controlled(parts, slots, salvage, seed=seed))
 
 
-def _row(scenario: Scenario, setup: Setup, clients: int, running: int, name: str, salvage: bool, got: Outcome, ar: Outcome, i: int, changes: int) -> Predicted:
-    return Predicted(scenario.name, setup, clients, running, name, salvage, float(got.steady[i]), float(got.total[i]), float(got.per_round[i]),
-                     float(got.steady[i] / ar.steady[i]), float(got.total[i] / ar.total[i]), changes, {n: float(u[i]) for n, u in got.used.items() if u[i] > 0})  # fmt: skip
-
-
-def controlled(rows: Sequence[Predicted], scenario: str, salvage: bool = False) -> list[Predicted]:
-    """The controller's rows of one scenario."""
-    return [r for r in rows if r.scenario == scenario and r.arm == CONTROLLER and r.salvage == salvage]
+def pick(rows: Sequence[Predicted], arm: str, scenario: Scenario = BASE, salvage: int = 0) -> list[Predicted]:
+    """One arm's rows in one scenario."""
+    return [r for r in rows if (r.scenario, r.arm, r.salvage) == (scenario.name, arm, salvage)]

@@ -19,7 +19,7 @@ STOCK = "stock"
 
 @dataclass(frozen=True)
 class Checked:
-    """One arm at one concurrency: ratios to the reference, simulated and measured (with the measured interval), and tokens per round."""
+    """One arm at one concurrency: ratios to the reference, simulated and measured (with the measured interval), and tokens per request and decode step."""
 
     arm: str
     concurrency: int
@@ -27,8 +27,8 @@ class Checked:
     measured: float
     low: float | None
     high: float | None
-    rounds: tuple[float, float]
-    """Simulated and measured tokens per request and decode step."""
+    simulated_per_round: float
+    measured_per_round: float
 
     @property
     def error(self) -> float:
@@ -63,5 +63,5 @@ def check(step_time: Path, bench: Bench, seed: int = 0) -> list[Checked]:
             acceptance = bench.acceptance(arm) if stride > 1 else Acceptance((0.0,))
             got = run(times, Fixed(stride), acceptance, load, seed)
             told = bench.ratio(arm, STOCK, c)
-            found.append(Checked(arm, c, got.total[0] / ar, told.mean, told.low, told.high, (got.per_round[0], bench.per_round(arm, c))))
+            found.append(Checked(arm, c, float(got.total[0] / ar), told.mean, told.low, told.high, float(got.per_round[0]), bench.per_round(arm, c)))
     return found
