@@ -16,11 +16,9 @@ from idlm_sglang.config import SettingError
 def main(argv: list[str]) -> int:
     try:
         asked = options.parse(argv)
-        if asked.render:
-            found = Results.read(asked.out)
-        else:
-            found = _simulate(asked, "python -m benchmarks.simulate" + "".join(" " + shlex.quote(word) for word in argv))
-            found.write(asked.out)
+        if not asked.render:
+            _simulate(asked, "python -m benchmarks.simulate" + "".join(" " + shlex.quote(word) for word in argv)).write(asked.out)
+        found = Results.read(asked.out)
     except SettingError as refused:
         print(str(refused.code).replace("idlm: ", "simulate: ", 1), file=sys.stderr)
         return 1
@@ -38,10 +36,10 @@ def _simulate(asked: Options, command: str) -> Results:
     bench = Bench.read(asked.bench)
     points = published.covered(published.load())
     overheads = fit.fit(points)
-    checked = validate.check(asked.step_time, bench, asked.seed)
+    checked = validate.check(asked.step_time, bench, asked.seed, asked.warm)
     cost = _single(asked, bench)
-    predicted = predict.predict(overheads, cost, asked.clients, asked.seed, say=lambda word: print(word, file=sys.stderr, flush=True))
-    return Results(overheads, cost, command, _shown(asked.bench), _shown(asked.step_time), fit.leave_one_out(points), checked, predicted)
+    predicted = predict.predict(overheads, cost, asked.clients, asked.seed, asked.waves, asked.warm, say=lambda word: print(word, file=sys.stderr, flush=True))
+    return Results(overheads, cost, command, " ".join(map(_shown, asked.bench)), _shown(asked.step_time), fit.leave_one_out(points), checked, predicted)
 
 
 def _single(asked: Options, bench: Bench) -> Single:

@@ -1,5 +1,6 @@
 """What `idlm bench` measured, read from its raw results: throughputs, answer lengths, acceptance, the cost of stride 1."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,29 @@ from idlm_sglang.config import SettingError
 
 @dataclass(frozen=True)
 class Bench:
-    """One results folder at one temperature. Rows are raw results by (arm, concurrency), in the order of their repeats."""
+    """Results at one temperature. Rows are raw results by (arm, concurrency), in the order of their repeats."""
 
-    folder: Path
+    folders: tuple[Path, ...]
     rows: dict[tuple[str, int], list[dict[str, Any]]]
 
     @classmethod
-    def read(cls, folder: Path, temperature: float = 0.0) -> "Bench":
-        """Raises SettingError where the folder has no results at this temperature."""
+    def read(cls, folders: Sequence[Path], temperature: float = 0.0) -> "Bench":
+        """A concurrency that a later folder has, too, is that folder's alone. Raises SettingError where a folder has no results at this temperature."""
         rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for point, row in sorted(Store(folder).results.items(), key=lambda item: item[0].repeat):
-            if point.temperature == temperature:
-                rows.setdefault((point.arm, point.concurrency), []).append(row)
-        if not rows:
-            raise SettingError(f"{folder} holds no results of `idlm bench` at temperature {temperature:g}; allowed: a folder with its raw.jsonl")
-        return cls(folder, rows)
+        for folder in folders:
+            found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+            for point, row in sorted(Store(folder).results.items(), key=lambda item: item[0].repeat):
+                if point.temperature == temperature:
+                    found.setdefault((point.arm, point.concurrency), []).append(row)
+            if not found:
+                raise SettingError(f"--bench {folder} holds no results of `idlm bench` at temperature {temperature:g}; allowed: a folder with its raw.jsonl")
+            again = {c for _, c in found}
+            rows = {key: kept for key, kept in rows.items() if key[1] not in again} | found
+        return cls(tuple(folders), rows)
 
     @property
     def concurrencies(self) -> list[int]:
         return sorted({c for _, c in self.rows})
-
-    def has(self, arm: str) -> bool:
-        return any(name == arm for name, _ in self.rows)
 
     def throughputs(self, arm: str, concurrency: int) -> list[float]:
         return [throughput(row) for row in self.rows[arm, concurrency]]
@@ -74,7 +76,7 @@ class Single:
 def single(bench: Bench, arm: str = "isd:1", reference: str = "stock", concurrency: int = 1) -> Single:
     """Raises SettingError where the two arms were not measured."""
     if (arm, concurrency) not in bench.rows or (reference, concurrency) not in bench.rows:
-        raise SettingError(f"--single {bench.folder} holds no arms {reference} and {arm} at concurrency {concurrency}; allowed: a folder of `idlm bench` with both")
+        raise SettingError(f"--bench {' '.join(map(str, bench.folders))} holds no arms {reference} and {arm} at concurrency {concurrency}; allowed: a folder of `idlm bench` with both")
     found = bench.ratio(arm, reference, concurrency)
     ar = float(np.exp(np.mean(np.log(bench.throughputs(reference, concurrency)))))
     return Single(1 - found.mean, max(0.0, concurrency * (1 / found.mean - 1) / ar), f"{arm} over {reference} {found} at C = {concurrency}")

@@ -1,7 +1,7 @@
 """A closed loop: slots of a server, each with one request at a time, the next as soon as it ends.
 
 Assumed of the scheduler, as SGLang's default: waiting prompts are prefilled together before the next decode step, and everyone waits meanwhile; all running
-requests take part in every decode step; a prompt's first token comes from its prefill; behind it a request has no drafts.
+requests take part in every decode step; a prompt's first token comes from its prefill; behind it a request has no drafts (or some, where first steps are warm).
 """
 
 from dataclasses import dataclass, field
@@ -90,8 +90,8 @@ class Outcome:
     used: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def run(times: Times, policy: Policy, acceptance: Acceptance, load: Load, seed: int) -> Outcome:
-    """Serve all requests of ``load``. Arms that are compared take the same seed."""
+def run(times: Times, policy: Policy, acceptance: Acceptance, load: Load, seed: int, warm: bool = False) -> Outcome:
+    """Serve all requests of ``load``. Arms that are compared take the same seed. warm: a prefill leaves drafts behind, as a decode step does."""
     random = np.random.default_rng(seed)
     setups, asked = len(load.slots), np.minimum(load.lengths.shape[1], load.slots * (load.lengths.shape[1] // int(load.slots.max())))
     shape = (setups, int(load.slots.max()))
@@ -118,7 +118,7 @@ def run(times: Times, policy: Policy, acceptance: Acceptance, load: Load, seed: 
                 lengths = np.take_along_axis(load.lengths, np.minimum(order, load.lengths.shape[1] - 1).clip(0), 1)
                 left = np.where(taken, lengths - 1, left)
                 columns = np.where(taken, load.prompt + 1, columns)
-                drafts.linear[taken] = drafts.survivors[taken] = 0
+                drafts.linear[taken], drafts.survivors[taken] = _MANY if warm else 0, 0
                 tokens += new
                 given += new
             waiting = given < asked

@@ -17,7 +17,9 @@ from benchmarks.simulate.results import Results
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 _COLOURS = {"N=2": "#56B4E9", "N=3": "#009E73", "N=4": "#E69F00", "N=8": "#CC79A7", CONTROLLER: "#000000"}
-_SERIES = {AR: ("#000000", "s"), ISD: ("#D55E00", "o"), LORA: ("#E69F00", "^"), "EAGLE-3": ("#999999", "v"), "DFlash d4": ("#999999", "D"), "DFlash d16": ("#999999", "P")}
+# By series and stride.
+_SERIES = {(AR, 1): ("#000000", "s"), (ISD, 4): ("#D55E00", "o"), (ISD, 3): ("#009E73", "D"), (LORA, 4): ("#0072B2", "^"),
+           ("EAGLE-3", None): ("#999999", "v"), ("DFlash d4", None): ("#777777", "s"), ("DFlash d16", None): ("#bbbbbb", "P")}  # fmt: skip
 _NOTE = "a model, not a measurement"
 
 
@@ -40,39 +42,39 @@ def _concurrency(axis, values: Sequence[int]) -> None:
 def _published(found: Results, points: list[Measured]):
     """Tokens per second and ratio to AR, TP1: lines are the fitted model, marks what was published."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
-    figure.suptitle(f"Published, 8B bf16 on one H100 (marks), and the model fitted on it (lines): {_NOTE}")
+    figure.suptitle(f"8B bf16 on one H100: published (marks), and the model fitted on all but the grey ones (lines): {_NOTE}")
     clients = np.unique(np.rint(np.geomspace(1, 64, 40)).astype(int))
 
     def curve(series: str, stride: int, tpf: float) -> np.ndarray:
         return np.array([fit.throughput(Measured("", series, stride, int(c), 1, 0, tpf, ""), found.overheads) for c in clients])
 
     ar = curve(AR, 1, 1.0)
-    lines = ((AR, 1, 1.0, "-"), (ISD, 4, 2.96, "-"), (ISD, 3, 2.48, "--"), (LORA, 4, 2.96, "-"))
-    for series, stride, tpf, style in lines:
-        values, name = curve(series, stride, tpf), series if series == AR else f"{series} N={stride}"
-        left.plot(clients, values, style, color=_SERIES[series][0], label=f"model: {name}")
+    for series, stride, tpf in ((AR, 1, 1.0), (ISD, 4, 2.96), (ISD, 3, 2.48), (LORA, 4, 2.96)):
+        values, style = curve(series, stride, tpf), {"color": _SERIES[series, stride][0], "label": f"model: {_name(series, stride)}"}
+        left.plot(clients, values / 1e3, **style)
         if series != AR:
-            right.plot(clients, values / ar, style, color=_SERIES[series][0], label=f"model: {name}")
-    told = dict.fromkeys((p.series, p.source, p.stride) for p in points if p.tp == 1)
-    for series, source, stride in told:
+            right.plot(clients, values / ar, **style)
+    for series, source, stride in dict.fromkeys((p.series, p.source, p.stride) for p in points if p.tp == 1):
         mine = [p for p in points if (p.series, p.source, p.stride, p.tp) == (series, source, stride, 1)]
         covered = series in published.COVERED
-        style = {"color": _SERIES[series][0], "marker": _SERIES[series][1], "linestyle": "" if covered else ":", "fillstyle": "full" if source == "logs" else "none", "markersize": 7}
-        label = f"{series}{f' N={stride}' if covered and series != AR else ''} ({source}{'' if covered else ', not covered'})"
-        left.plot([p.clients for p in mine], [p.tokens_per_second for p in mine], label=label, **style)
+        style = {"color": _SERIES[series, stride][0], "marker": _SERIES[series, stride][1], "linestyle": "" if covered else ":", "markersize": 7}
+        style |= {"fillstyle": "none" if source == "readme" else "full", "label": f"{_name(series, stride)} ({source if covered else 'not covered'})"}
+        left.plot([p.clients for p in mine], [p.tokens_per_second / 1e3 for p in mine], **style)
         if series != AR:
-            right.plot([p.clients for p in mine], [p.tokens_per_second / reference(p, points).tokens_per_second for p in mine], label=label, **style)
+            right.plot([p.clients for p in mine], [p.tokens_per_second / reference(p, points).tokens_per_second for p in mine], **style)
     for axis in (left, right):
         _concurrency(axis, [1, 8, 16, 32, 64])
         axis.set_xlabel("C, concurrent requests")
-    left.set_yscale("log")
-    left.set_ylabel("tokens per second, all requests")
+        axis.set_ylim(bottom=0)
+    left.set_ylabel("thousand tokens per second, all requests")
     right.set_ylabel("over AR of the same source")
     right.axhline(1, color="black", linewidth=1)
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    left.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside right center")
     return figure
+
+
+def _name(series: str, stride: int | None) -> str:
+    return f"{series} N={stride}" if series in (ISD, LORA) else series
 
 
 def _speedup(found: Results, points: list[Measured]):

@@ -92,21 +92,21 @@ def setups() -> list[Setup]:
     return [Setup(model, device, tp, dtype) for model, dtype, device, tp in product(MODELS.values(), DTYPES, DEVICES.values(), TPS)]
 
 
-def predict(overheads: Overheads, single: Single, clients: Sequence[int] = CLIENTS, seed: int = 0, say: Callable[[str], None] = print) -> list[Predicted]:
-    """Every set-up at every concurrency in every scenario."""
+def predict(overheads: Overheads, single: Single, clients: Sequence[int] = CLIENTS, seed: int = 0, waves: int = 3, warm: bool = False, say: Callable[[str], None] = print) -> list[Predicted]:
+    """Every set-up at every concurrency in every scenario; waves: answers for each slot behind the first, warm: see `loop.run`."""
     found = []
     for c in clients:
         for scenario in SCENARIOS:
-            found += list(_scenario(scenario, overheads, single, c, seed))
+            found += list(_scenario(scenario, overheads, single, c, seed, waves, warm))
         say(f"{c} clients")
     return found
 
 
-def _scenario(scenario: Scenario, overheads: Overheads, single: Single, clients: int, seed: int) -> Iterator[Predicted]:
+def _scenario(scenario: Scenario, overheads: Overheads, single: Single, clients: int, seed: int, waves: int, warm: bool) -> Iterator[Predicted]:
     served = setups()
     workload = Workload.of_context(1e3 * overheads.context)
     slots = np.array([min(clients, s.capacity(workload.context)) for s in served])
-    load = Load.busy(workload, slots, waves=max(3, 8 // clients), seed=seed)
+    load = Load.busy(workload, slots, waves=max(waves, 8 // clients), seed=seed)
     times = scenario.times(served, overheads, single)
     parts = [times.pick(i) for i in range(len(served))]
     ar = run(times, Fixed(AR), COLD, load, seed)
@@ -119,7 +119,7 @@ def _scenario(scenario: Scenario, overheads: Overheads, single: Single, clients:
                             float(got.steady[i] / ar.steady[i]), float(got.total[i] / ar.total[i]), int(changes[i]), " ".join(f"{n}:{u:.2f}" for u, n in used))  # fmt: skip
 
     def arm(name: str, acceptance: Acceptance, policy: Fixed | Controlled) -> Iterator[Predicted]:
-        return rows(name, acceptance, policy, run(times, policy, acceptance, load, seed))
+        return rows(name, acceptance, policy, run(times, policy, acceptance, load, seed, warm))
 
     yield from rows("AR", COLD, Fixed(AR), ar)
     for acceptance in (COLD, SALVAGE) if scenario.whole else (COLD,):

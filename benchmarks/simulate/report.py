@@ -74,12 +74,19 @@ def _fit(found: Results) -> list[str]:
         f"- fitted on {len(covered(load()))} points: {o.context:.2f} thousand tokens of context, host {1e3 * o.host:.2f} ms a step, ISD {1e3 * o.isd:.2f} ms more and {1e6 * o.isd_request:.0f} µs for each running request",
         f"- assumed: {roofline.BANDWIDTH_SHARE:.0%} of the data sheet's bandwidth, {roofline.FLOPS_SHARE:.0%} of its FLOPs, {1e6 * roofline.ALL_REDUCE:.0f} µs an all-reduce, the adapter's {roofline.LORA} claimed by its authors",
         "- devices: " + "; ".join(f"{d.name} {d.bandwidth / 1e12:g} TB/s, {d.flops['bf16'] / 1e12:g} / {d.flops['fp8'] / 1e12:g} TFLOP/s in bf16 / FP8, {d.memory / 1e9:g} GB ({d.source})" for d in DEVICES.values()),
+        f"- {_tp4(found.predicted)}",
         "",
         "A point is predicted by a fit without all points of its setting (TP and C). AR: tokens per second; else the ratio to AR.",
         "",
         *_table(["point", "published", "predicted without it", "error"], ([_name(x), f"{x.published:.4g}", f"{x.predicted:.4g}", f"{x.error:+.1%}"] for x in found.left_out)),
     ]
     return lines
+
+
+def _tp4(rows: Sequence[Predicted]) -> str:
+    """A published sentence that is no point of the fit."""
+    slower = [r.clients for r in pick(rows, "N=3") if r.setup == "8B bf16 H100 TP4" and r.steady_ratio < 1]
+    return f"published: at TP4 and N = 3 AR wins from C = 8 on; simulated: {f'from C = {min(slower)} on' if slower else 'at no C'}"
 
 
 def _worst(found: Results) -> list[str]:
@@ -118,7 +125,7 @@ def _ratios(rows: Sequence[Predicted], arm: str, salvage: int, title: str) -> li
 
 
 def _checked(found: Results) -> list[str]:
-    lines = [f"In: step times of `{found.step_time}`; of `{found.bench}` answer lengths, acceptance by position, prefill time of the stock arm. Out: ratios to stock.", ""]
+    lines = [f"In: step times of `{found.step_time}`; of `{found.bench}` (a later folder replaces concurrencies of an earlier one) answer lengths, acceptance by position, prefill time of the stock arm. Out: ratios to stock.", ""]
     lines += _table(["arm", "C", "simulated", "measured (95 % interval)", "error", "inside", "tokens per round, simulated / measured"],
                     ([x.arm, x.concurrency, f"{x.simulated:.2f}", _interval(x), f"{x.error:+.0%}", "yes" if x.inside else "no", f"{x.simulated_per_round:.2f} / {x.measured_per_round:.2f}"] for x in found.checked))  # fmt: skip
     lines += ["", *(f"- {s}" for s in check_errors(found.checked))]

@@ -49,8 +49,8 @@ def prefill_seconds(bench: Bench) -> tuple[float, float]:
     return alone - each * few, each
 
 
-def check(step_time: Path, bench: Bench, seed: int = 0) -> list[Checked]:
-    """Every ISD arm of ``bench`` at every concurrency."""
+def check(step_time: Path, bench: Bench, seed: int = 0, warm: bool = False) -> list[Checked]:
+    """Every ISD arm of ``bench`` at every concurrency where it was measured."""
     times = MeasuredTimes(step_time, prefill_seconds(bench))
     arms = sorted({arm for arm, _ in bench.rows if arm.startswith("isd:")})
     found = []
@@ -58,10 +58,10 @@ def check(step_time: Path, bench: Bench, seed: int = 0) -> list[Checked]:
         lengths = bench.requests(STOCK, c, "tokens").astype(np.int64)[None]
         load = Load(lengths, int(np.median(bench.requests(STOCK, c, "prompt_tokens"))), np.array([c]))
         ar = run(times, Fixed(AR), Acceptance((0.0,)), load, seed).total[0]
-        for arm in arms:
+        for arm in (a for a in arms if (a, c) in bench.rows):
             stride = int(arm.removeprefix("isd:"))
             acceptance = bench.acceptance(arm) if stride > 1 else Acceptance((0.0,))
-            got = run(times, Fixed(stride), acceptance, load, seed)
+            got = run(times, Fixed(stride), acceptance, load, seed, warm)
             told = bench.ratio(arm, STOCK, c)
             found.append(Checked(arm, c, float(got.total[0] / ar), told.mean, told.low, told.high, float(got.per_round[0]), bench.per_round(arm, c)))
     return found
