@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from idlm_sglang.compat.running import is_isd
+from idlm_sglang.config import AUTO
 
 
 def attach_report(acc, **_) -> None:
@@ -154,11 +155,16 @@ def stride_handler(handlers: dict, state) -> dict | None:
 
     def validate(key: str, value: Any) -> None:
         top = worker.settings.max_stride
+        if value == AUTO and worker.control is not None:
+            return
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:
-            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from 1 to {top}")
+            more = f", or {AUTO}" if worker.control is not None else ""
+            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from 1 to {top}{more}")
 
     def apply(key: str, value: Any) -> None:
-        worker.set_stride(value)
+        worker.auto = value == AUTO
+        if not worker.auto:
+            worker.set_stride(value)
 
     kept = {k: v for k, v in handlers.items() if not k.startswith("speculative_accept_threshold")}
     return kept | {"idlm_stride": _UpdateHandler(validate, apply)}
@@ -173,6 +179,10 @@ def state_report(_, state, report: dict) -> None:
     worker = state.scheduler.draft_worker
     if is_isd() and worker.metrics is not None:
         totals = worker.metrics.totals.as_dict()
-        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **totals}
+        strides = {"stride": worker.stride, "max_stride": worker.settings.max_stride, "auto": worker.auto}
+        strides["steps_by_stride"] = {str(n): count for n, count in sorted(worker.strides.steps.items())}
+        if worker.control is not None:
+            strides["controller"] = worker.control.as_dict()
+        report["idlm"] = {**strides, **totals}
         if totals["tokens_per_forward"] is not None:
             report["avg_spec_accept_length"] = totals["tokens_per_forward"]

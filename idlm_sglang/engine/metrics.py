@@ -6,6 +6,7 @@ TP rank counts.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from idlm_sglang.engine.requests import SELFCHECK
@@ -107,6 +108,7 @@ class _Step:
     rounds: dict[str, int] = field(default_factory=lambda: {VERIFY: 0, COLD: 0, SINGLE: 0})
     introspection: float = 0.0
     tried: int = 0
+    seen: list[tuple[int, int]] = field(default_factory=list)
 
 
 class IsdMetrics:
@@ -122,6 +124,8 @@ class IsdMetrics:
 
     def __init__(self, max_drafts: int, labels: dict[str, str] | None):
         self.totals = Totals(proposed=[0] * max_drafts, accepted=[0] * max_drafts)
+        # Told of each step's rounds, as (drafts verified, accepted) per request.
+        self.on_step: Callable[[list[tuple[int, int]]], None] | None = None
         self._warned = False
         self._step: _Step | None = None
         self._told = (0, 0, 0, 0)
@@ -150,6 +154,7 @@ class IsdMetrics:
         single = step.stats is None or result.limits[i] == 0
         count, run = (0, 0) if single else map(int, step.stats[i][:2])
         figures_of(req).add(tokens, count, run)
+        step.seen.append((count, run))
         if req.idlm_plan.reason != SELFCHECK:
             self._count(step, single, tokens, count, run, step.stats[i][2] if count else 0.0)
         step.left -= 1
@@ -192,6 +197,8 @@ class IsdMetrics:
             for i, (p, a) in enumerate(zip(step.proposed, step.accepted)):
                 series["proposed"][i].inc(p)
                 series["accepted"][i].inc(a)
+        if self.on_step is not None:
+            self.on_step(step.seen)
         self._warn_when_nothing_is_accepted()
 
     def interval(self) -> tuple[int, int, int, int]:

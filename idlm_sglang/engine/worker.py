@@ -15,21 +15,29 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
-from idlm_sglang.config import REJECTION, SettingError, handed_down
+from idlm_sglang.config import AUTO, REJECTION, SettingError, handed_down
+from idlm_sglang.engine import reserve
 from idlm_sglang.engine.admission import plan_of
+from idlm_sglang.engine.calibrate import measure
+from idlm_sglang.engine.controller import StrideControl, agreed
 from idlm_sglang.engine.grammar import STRIDED_BACKENDS, GrammarStep
 from idlm_sglang.engine.metrics import IsdMetrics
 from idlm_sglang.engine.penalties import TokenCounts, penalised_rows, sampler_terms
-from idlm_sglang.engine.requests import BatchRows, server_seed
+from idlm_sglang.engine.requests import BatchRows, server_seed, stride_limit
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
 from idlm_sglang.engine.state import Carried, SlotState
+from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.isd import isd_step, step_positions, step_tokens
 from idlm_sglang.isd.penalties import penalise
+from idlm_sglang.isd.stride import StepTimes, ladder
 from idlm_sglang.isd.verify import valid_drafts
 from idlm_sglang.model import MaskFreeLogitsProcessor
 
 logger = logging.getLogger(__name__)
+
+# Seconds that measuring step times may take at start-up, or little more.
+_MEASURING = 5.0
 
 
 class IsdWorker(BaseSpecWorker):
@@ -50,6 +58,10 @@ class IsdWorker(BaseSpecWorker):
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.stride = self.settings.stride
+        self.auto = self.settings.auto
+        self.control: StrideControl | None = None
+        self._in_flight = 1
+        reserve.serve(self)
         self.server_seed = server_seed()
         self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
         if not isinstance(self.model_runner.model.logits_processor, MaskFreeLogitsProcessor):
@@ -64,6 +76,7 @@ class IsdWorker(BaseSpecWorker):
         if counts and get_observability().enable_metrics:
             labels = {"model_name": get_serving().served_model_name, "dp_rank": str(get_parallel().dp_rank or 0)}
         self.metrics = IsdMetrics(self.settings.max_stride - 1, labels) if counts else None
+        self.strides = StrideSeries(labels)
 
     # What SGLang asks of a speculative worker.
 
@@ -84,8 +97,8 @@ class IsdWorker(BaseSpecWorker):
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
         self.counts = TokenCounts(slots, self.vocab, self.device)
         logger.info(
-            "idlm: stride %d (up to %d), MASK %d, sampling rule %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
-            self.stride,
+            "idlm: stride %s (up to %d), MASK %d, sampling rule %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
+            AUTO if self.auto else self.stride,
             self.settings.max_stride,
             self.mask_id,
             self.settings.sampling_rule,
@@ -98,10 +111,39 @@ class IsdWorker(BaseSpecWorker):
         if getattr(self.model_runner, "decode_cuda_graph_runner", None) is not None:
             raise SettingError("decode CUDA graphs are not supported with --speculative-algorithm ISD; allowed: --cuda-graph-backend-decode disabled")
 
+    def prewarm_sampling(self):
+        # The last thing before the pools are handed to the scheduler: everything a step needs is there.
+        result = super().prewarm_sampling()
+        if self.settings.auto:
+            strides = ladder(self.settings.max_stride)
+            times = measure(self, strides, self.model_runner.max_running_requests, _MEASURING)
+            totals = None if self.metrics is None else self.metrics.totals
+            self.control = StrideControl(StepTimes(times), strides, self.device == "cpu", get_parallel().tp_group, totals)
+            if self.metrics is not None:
+                self.metrics.on_step = self.control.rounds
+        return result
+
     def set_stride(self, stride: int) -> None:
-        """Use another stride from the next step on; drafts in flight are kept as far as they fit."""
-        self.stride = stride
-        self._rows = None
+        """Use another stride from the next step on; drafts in flight are kept as far as they fit.
+
+        Not between a step's allocation and its forward: KV is reserved for the stride in use.
+        """
+        if stride != self.stride:
+            self.stride = stride
+            self._rows = None
+
+    def agreed(self, value: int) -> int:
+        """The first tensor-parallel rank's ``value``, on all of them."""
+        return agreed(get_parallel().tp_group, value)
+
+    def columns_ahead(self, reqs, overlap: bool) -> int:
+        """KV columns that a decode step of ``reqs`` needs behind what is known to be committed.
+
+        Its own 2N - 1 rows; with the overlap schedule the step before it, whose result is not known yet, may commit up to
+        its stride. At stride 1 that is what SGLang allocates for AR.
+        """
+        drafts = max((stride_limit(plan_of(req, self.settings, self.server_seed), self.settings, self.stride) for req in reqs), default=0)
+        return 2 * drafts + 1 + (self._in_flight if overlap else 0)
 
     # One batch.
 
@@ -109,7 +151,32 @@ class IsdWorker(BaseSpecWorker):
         if self.device != "cpu":
             record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            if self.control is not None:
+                self.control.other()
             return self._extend(batch, on_publish)
+        return self._controlled(batch, on_publish)
+
+    def _controlled(self, batch, on_publish):
+        """A decode step, with the controller told of it; a change of stride is for the steps behind it."""
+        rows, control = self._batch_rows(batch), self.control
+        self._in_flight = rows.drafts + 1
+        self.strides.step(self._in_flight)
+        if control is None:
+            return self.decode(batch, on_publish)
+        if not (self.auto and rows.follows):
+            control.other()
+            return self.decode(batch, on_publish)
+        size = len(batch.reqs)
+        control.start(size, self._in_flight)
+        result = self.decode(batch, on_publish)
+        stride = control.end(size)
+        if stride is not None:
+            self.set_stride(stride)
+            self.strides.gains(*control.gains())
+        return result
+
+    def decode(self, batch, on_publish=None):
+        """One decode step at the stride in use."""
         rows = self._batch_rows(batch)
         return (self._strided_step if rows.drafts else self._single_step)(batch, rows, on_publish)
 

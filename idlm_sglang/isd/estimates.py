@@ -57,14 +57,16 @@ class StepTimes:
         return self._read(batch, stride, 0.0)
 
     def hoped(self, batch: float, stride: int) -> float:
-        """The same where an entry has not become slower unless it was seen to: what only followed is taken back."""
+        """The same where what was not seen is taken to be as fast as it may be: an entry that only followed the others
+        followed them in full where they became faster, and not at all where they became slower."""
         return self._read(batch, stride, 1.0)
 
-    def _read(self, batch: float, stride: int, taken_back: float) -> float:
+    def _read(self, batch: float, stride: int, hope: float) -> float:
         table, moved, followed = self._table[stride], self._moved[stride], self._followed[stride]
         near, value = 0.0, 0.0
         for i, w in self._around(batch):
-            now = table[i] * math.exp(moved[i] - taken_back * max(followed[i], 0.0))
+            better = followed[i] if followed[i] > 0 else followed[i] * (1 - 1 / _TRANSFER)
+            now = table[i] * math.exp(moved[i] - hope * better)
             value += w * now
             if w >= 0.5:
                 near = now

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, COUPLED, MAX_STRIDE, REJECTION, SettingError, share, whole_number
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, REJECTION, SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR
 
 DEFAULT_HOST = "127.0.0.1"
@@ -183,7 +183,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         if algorithm is not None and algorithm.upper() != ALGORITHM:
             raise SettingError(f"{flag} {value} has no meaning with {_ALGORITHM} {algorithm}; allowed: only with {ALGORITHM}")
 
-    stride = integer("--stride", own.stride, 1, MAX_STRIDE)
+    stride = None if own.stride is None else stride_or_auto(f"--stride {own.stride}", own.stride)
+    auto = own.stride is not None and stride is None
     top = integer("--max-stride", own.max_stride, 1, MAX_STRIDE)
     integer("--mask-token-id", own.mask_token_id, 0, None)
     if own.sampling_rule not in (None, REJECTION, COUPLED):
@@ -193,6 +194,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     if stride is not None and top is not None and top < stride:
         raise SettingError(f"--max-stride {top} is below --stride {stride}; allowed: {stride} to {MAX_STRIDE}")
     steps = words.value(_STEPS)
+    if auto and steps is not None:
+        raise SettingError(f"--stride {AUTO} and {_STEPS} {steps} were both given; allowed: one of them")
     if stride is not None and steps is not None and steps != str(stride - 1):
         raise SettingError(f"--stride {stride} and {_STEPS} {steps} disagree; allowed: {_STEPS} {stride - 1}, or leave it out")
 

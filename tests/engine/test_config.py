@@ -21,13 +21,21 @@ def test_environment_and_flag():
     assert [read_settings(environ={"IDLM_SELFCHECK": text}).selfcheck for text in ("0", "1", "0.25", "1e-4")] == [0, 1, 0.25, 1e-4]
 
 
+def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
+    assert read_settings(environ={"IDLM_STRIDE": "auto"}) == Settings(4, 8, auto=True)
+    assert read_settings(environ={"IDLM_STRIDE": "AUTO", "IDLM_MAX_STRIDE": "12"}) == Settings(4, 12, auto=True)
+    assert read_settings(environ={"IDLM_STRIDE": "auto", "IDLM_MAX_STRIDE": "2"}) == Settings(2, 2, auto=True)
+
+
 @pytest.mark.parametrize(
     "steps, env, words",
     [
         (None, {"IDLM_STRIDE": "0"}, ["IDLM_STRIDE", "'0'", "1 to 16"]),
         (None, {"IDLM_STRIDE": "17"}, ["IDLM_STRIDE", "'17'", "1 to 16"]),
         (None, {"IDLM_STRIDE": "four"}, ["IDLM_STRIDE", "'four'", "1 to 16"]),
-        (None, {"IDLM_STRIDE": ""}, ["IDLM_STRIDE", "''"]),
+        (None, {"IDLM_STRIDE": ""}, ["IDLM_STRIDE", "''", "or auto"]),
+        (3, {"IDLM_STRIDE": "auto"}, ["IDLM_STRIDE=auto", "--speculative-num-steps 3", "disagree"]),
+        (None, {"IDLM_STRIDE": "auto", "IDLM_MAX_STRIDE": "0"}, ["IDLM_MAX_STRIDE", "'0'", "1 to 16"]),
         (16, {}, ["--speculative-num-steps", "16", "0 to 15"]),
         (-1, {}, ["--speculative-num-steps", "-1", "0 to 15"]),
         (3, {"IDLM_STRIDE": "8"}, ["IDLM_STRIDE=8", "--speculative-num-steps 3", "disagree"]),

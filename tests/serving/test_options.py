@@ -90,10 +90,11 @@ def test_the_address_is_one_a_client_can_use(host, address):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--stride", "abc"], "--stride abc is not valid; allowed: an integer from 1 to 16"),
-        (["--stride", "0"], "--stride 0 is out of range; allowed: an integer from 1 to 16"),
-        (["--stride", "-1"], "--stride -1 is out of range; allowed: an integer from 1 to 16"),
-        (["--stride", "17"], "--stride 17 is out of range; allowed: an integer from 1 to 16"),
+        (["--stride", "abc"], "--stride abc is not valid; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "0"], "--stride 0 is out of range; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "-1"], "--stride -1 is out of range; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "17"], "--stride 17 is out of range; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "auto", "--speculative-num-steps", "3"], "--stride auto and --speculative-num-steps 3 were both given; allowed: one of them"),
         (["--max-stride", "17"], "--max-stride 17 is out of range; allowed: an integer from 1 to 16"),
         (["--stride", "4", "--max-stride", "3"], "--max-stride 3 is below --stride 4; allowed: 4 to 16"),
         (["--stride", "4", "--speculative-num-steps", "2"], "--stride 4 and --speculative-num-steps 2 disagree; allowed: "),
@@ -131,7 +132,7 @@ def test_a_directory_without_a_config_is_refused(tmp_path):
 def test_bad_input_exits_with_a_code_and_one_line(capsys):
     assert cli.main(["serve", "--stride", "abc"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines() == ["idlm: --stride abc is not valid; allowed: an integer from 1 to 16"]
+    assert captured.err.splitlines() == ["idlm: --stride abc is not valid; allowed: an integer from 1 to 16, or auto"]
     assert captured.out == ""
 
 
