@@ -54,7 +54,8 @@ class Bench:
         """By position, all concurrencies together. The counters hold drafts accepted with all before them: quotients of neighbours are conditional."""
         told = [row["decoding"] for (name, _), rows in self.rows.items() for row in rows if name == arm]
         accepted, proposed = (np.sum([d[key] for d in told], axis=0).astype(float) for key in ("accepted", "proposed"))
-        reach = np.concatenate([[1.0], accepted / proposed])
+        tried = int(np.sum(np.cumprod(proposed > 0)))
+        reach = np.concatenate([[1.0], accepted[:tried] / proposed[:tried]])
         return Acceptance(tuple((reach[1:] / reach[:-1]).tolist()))
 
     def per_round(self, arm: str, concurrency: int) -> float:

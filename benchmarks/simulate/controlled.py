@@ -4,11 +4,11 @@ import numpy as np
 
 from benchmarks.simulate.chain import Round
 from benchmarks.simulate.loop import Times
-from idlm_sglang.isd.stride import StepTimes, StrideController
+from idlm_sglang.isd.stride import StepTimes, StrideController, ladder
 
-STRIDES = (1, 2, 3, 4, 6, 8)
-START_CONTEXT = 128
-"""Tokens in a request's cache when step times are measured at start-up: far fewer than in service."""
+STRIDES = ladder(8)
+START_CONTEXT = 256
+"""Tokens in a request's cache where `engine.calibrate` measures step times at start-up: fewer than in service."""
 
 
 class Controlled:
@@ -51,6 +51,6 @@ class Controlled:
 
 
 def table(times: Times, most: int, strides: tuple[int, ...], context: int = START_CONTEXT) -> dict[tuple[int, int], float]:
-    """Step times as measured at start-up: batch sizes 1, 2, 4, .. and ``most``, short contexts."""
-    batches = sorted({1 << k for k in range(most.bit_length()) if 1 << k <= most} | {most})
+    """Step times as measured at start-up: batch sizes 1, 4, 16, .. and ``most``, short contexts (`engine.calibrate`, which needs the engine)."""
+    batches = sorted({4**k for k in range(8) if 4**k < most} | {most})
     return {(b, n): float(times.decode(np.array([n]), np.array([b]), np.array([b * context]))[0]) for b in batches for n in strides}

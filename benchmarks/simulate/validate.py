@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.simulate.bench_results import Bench
 from benchmarks.simulate.chain import Acceptance
+from benchmarks.simulate.controlled import Controlled
 from benchmarks.simulate.loop import AR, Fixed, Load, run
 from benchmarks.simulate.measured_times import MeasuredTimes
 
@@ -59,9 +60,10 @@ def check(step_time: Path, bench: Bench, seed: int = 0, warm: bool = False) -> l
         load = Load(lengths, int(np.median(bench.requests(STOCK, c, "prompt_tokens"))), np.array([c]))
         ar = run(times, Fixed(AR), Acceptance((0.0,)), load, seed).total[0]
         for arm in (a for a in arms if (a, c) in bench.rows):
-            stride = int(arm.removeprefix("isd:"))
-            acceptance = bench.acceptance(arm) if stride > 1 else Acceptance((0.0,))
-            got = run(times, Fixed(stride), acceptance, load, seed, warm)
+            name = arm.removeprefix("isd:")
+            policy = Controlled([times], load.slots, salvage=False, seed=seed) if name == "auto" else Fixed(int(name))
+            acceptance = Acceptance((0.0,)) if name == "1" else bench.acceptance(arm)
+            got = run(times, policy, acceptance, load, seed, warm)
             told = bench.ratio(arm, STOCK, c)
             found.append(Checked(arm, c, float(got.total[0] / ar), told.mean, told.low, told.high, float(got.per_round[0]), bench.per_round(arm, c)))
     return found
