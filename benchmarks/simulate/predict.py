@@ -50,12 +50,12 @@ class Scenario:
 
 
 SECONDS, SHARE, FREE = "seconds", "share", "free"
-BASE = Scenario("published host cost; N = 1 costs what it does on CPU, in ms", host=True, single=SECONDS, whole=True)
+BASE = Scenario("published host cost; N = 1 cost in ms", host=True, single=SECONDS, whole=True)
 SCENARIOS = (
     BASE,
-    Scenario("published host cost; N = 1 costs what it does on CPU, as a share", host=True, single=SHARE),
+    Scenario("published host cost; N = 1 cost as a share", host=True, single=SHARE),
     Scenario("published host cost; N = 1 free", host=True, single=FREE),
-    Scenario("no host cost beyond AR's; N = 1 costs what it does on CPU, in ms", host=False, single=SECONDS),
+    Scenario("no host cost beyond AR's; N = 1 cost in ms", host=False, single=SECONDS),
 )
 
 
