@@ -7,12 +7,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-_SEEN = 32.0
-_FORGOTTEN = 0.995
+_SEEN = 16.0
+_FORGOTTEN = 0.98
 _USUAL = math.log(2)
 _TRANSFER = 0.7
 _FAR_TRANSFER = 0.3
-_FAMILIAR = 8.0
+_FAMILIAR = 3.0
 _WINDOW = 400.0
 _PRIOR_TRIES = 4.0
 _EDGE = 1e-3
@@ -72,8 +72,8 @@ class StepTimes:
                 near = now
         return value if value > near / 10 else near / 10
 
-    def observe(self, batch: int, stride: int, seconds: float) -> None:
-        """One decode step of ``batch`` requests at ``stride`` took that long; a single outlier moves little."""
+    def observe(self, batch: float, stride: int, seconds: float) -> None:
+        """A decode step of ``batch`` requests at ``stride`` took that long, a median of some; a single outlier moves little."""
         held = min(max(batch, self.batches[0]), self.batches[-1])
         around = [(i, w) for i, w in self._around(held) if w > 0]
         norm = sum(w * w for _, w in around)

@@ -6,6 +6,7 @@ estimated (:mod:`idlm_sglang.isd.estimates`), and the expected tokens of a round
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from idlm_sglang.isd.estimates import Acceptance, StepTimes
 
@@ -160,6 +161,8 @@ class StrideController:
         self._decisions: dict[int, int] = {}
         self._trial: _Trial | None = None
         self._saved: float | None = None
+        self._lately: list[tuple[int, float]] = []
+        self._lately_at = 0
 
     @property
     def stride(self) -> int:
@@ -177,13 +180,24 @@ class StrideController:
         """A decode step of ``batch`` requests at ``stride`` took ``seconds``."""
         if stride not in self.times.strides or seconds <= 0:
             return
-        self.times.observe(batch, stride, seconds)
+        if self._lately and (stride != self._lately_at or abs(batch - self._lately[0][0]) > batch / 8):
+            self._look_back()
+        self._lately_at = stride
+        self._lately.append((batch, seconds))
+        if len(self._lately) == self.policy.interval:
+            self._look_back()
         typical = self.times.seconds(batch, stride)
         if self._trial is not None and stride == self._trial.stride:
             self._trial.seconds += typical
         if self._saved is None:
             self._saved = _SAVED * typical
         self._saved = min(self._saved + self.policy.explore * typical, _SAVED * typical)
+
+    def _look_back(self) -> None:
+        """The steps since the last look, much alike, are one observation."""
+        batch = sum(batch for batch, _ in self._lately) / len(self._lately)
+        self.times.observe(batch, self._lately_at, median(seconds for _, seconds in self._lately))
+        self._lately.clear()
 
     def observe_rounds(self, proposed: Sequence[int], accepted: Sequence[int], branch: bool = False) -> None:
         """Drafts verified and accepted, per request of one step, as :meth:`Acceptance.observe` takes them."""

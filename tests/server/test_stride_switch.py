@@ -38,6 +38,52 @@ def test_switching_under_load_changes_no_token(ar, isd):
     print(f"{len(calls)} answers identical over {len(used)} switches")
 
 
+def test_a_server_that_chooses_its_stride_answers_as_ar(ar, isd_tight):
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40} for p in prompts(60, seed=103)]
+    calls += [{"prompt": p, "temperature": 1.0, "sampling_seed": i, "max_new_tokens": 32} for i, p in enumerate(prompts(30, seed=104))]
+    before = strides(isd_tight)
+    for clients in (1, 12):
+        assert not differing(ar.many(calls, clients), isd_tight.many(calls, clients))
+    used = {n for n, count in strides(isd_tight).items() if count > before.get(n, 0)}
+    state = isd_tight.info()["internal_states"][0]["idlm"]
+    print(f"strides used: {sorted(used, key=int)}; {state['controller']}")
+    assert len(used) >= 2, "the controller never changed the stride"
+    assert state["auto"] and state["controller"]["expected_gain"] > 0 and state["controller"]["actual_gain"] > 0
+
+
+def strides(server):
+    return server.info()["internal_states"][0]["idlm"]["steps_by_stride"]
+
+
+def test_a_stride_can_be_forced_and_left_to_the_server_again(isd, isd_tight):
+    assert switch(isd_tight, 3) == [True]
+    try:
+        before = strides(isd_tight)
+        isd_tight.generate(chat("Hi"), temperature=0, max_new_tokens=200, ignore_eos=True)
+        assert {n for n, count in strides(isd_tight).items() if count > before.get(n, 0)} == {"3"}
+    finally:
+        assert switch(isd_tight, "auto") == [True]
+    assert isd_tight.info()["internal_states"][0]["idlm"]["auto"]
+    # Step times are measured at the start of a server that is to choose.
+    assert switch(isd, "auto") == [False]
+
+
+@pytest.mark.parametrize("stride", [1, 8])
+def test_a_short_pool_holds_as_many_requests_as_the_stride_in_use_permits(isd_tight, stride):
+    """20 requests of up to 50 tokens fit into 1200 columns of KV at stride 1, as they do in AR, and not with 15 more rows each."""
+    switch(isd_tight, stride)
+    try:
+        isd_tight.post("/flush_cache", {})
+        before = isd_tight.log.read_text(errors="replace").count("Retract requests.")
+        ids = [[500 + 7 * i + j for j in range(6)] for i in range(20)]
+        isd_tight.many([{"prompt": p, "temperature": 0, "max_new_tokens": 44, "logit_bias": {"2": -100}} for p in ids], 20)
+        retracted = isd_tight.log.read_text(errors="replace").count("Retract requests.") - before
+    finally:
+        switch(isd_tight, "auto")
+    print(f"stride {stride}: {retracted} retractions")
+    assert (retracted > 0) == (stride == 8)
+
+
 @pytest.mark.parametrize("value", [0, 17, -1, 2.5, "four"])
 def test_an_impossible_stride_is_not_taken(isd, value):
     switch(isd, value)
