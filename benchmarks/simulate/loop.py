@@ -12,7 +12,6 @@ import numpy as np
 from benchmarks.simulate.chain import Acceptance, Drafts, Round, advance
 from benchmarks.simulate.workload import Workload
 
-AR = 0
 _MANY = 99  # more drafts than any stride keeps
 
 
@@ -27,7 +26,7 @@ class Policy(Protocol):
     """Chooses the stride of every set-up's next step."""
 
     def strides(self, running: np.ndarray) -> np.ndarray:
-        """N per set-up, or AR; running: requests, 0 where the set-up has finished."""
+        """N per set-up, 0 for AR; running: requests, 0 where the set-up has finished."""
 
     def observe(self, running: np.ndarray, stride: np.ndarray, seconds: np.ndarray, done: Round, active: np.ndarray) -> None:
         """What the step was: its time, and the round of the slots that are ``active``."""
@@ -35,7 +34,7 @@ class Policy(Protocol):
 
 @dataclass
 class Fixed:
-    """One stride throughout, or AR."""
+    """One stride throughout, 0 for AR."""
 
     stride: int
 

@@ -6,8 +6,6 @@ import numpy as np
 
 from benchmarks.step_time import report, store
 
-AR = 0
-
 
 class MeasuredTimes:
     """Median step times of a results folder, one set-up: linear between batches and contexts, and beyond them held in context, continued in batch.

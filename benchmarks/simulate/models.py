@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from benchmarks.simulate.devices import BF16
+from benchmarks.simulate.devices import BF16, FP8
 
-_BYTES = {"bf16": 2, "fp8": 1}
+_BYTES = {BF16: 2, FP8: 1}
 
 
 @dataclass(frozen=True)

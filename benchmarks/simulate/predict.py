@@ -11,9 +11,9 @@ from benchmarks.simulate.bench_results import Single
 from benchmarks.simulate.chain import Acceptance
 from benchmarks.simulate.controlled import Controlled
 from benchmarks.simulate.devices import DEVICES, DTYPES
-from benchmarks.simulate.loop import AR, Fixed, Load, Outcome, run
+from benchmarks.simulate.loop import Fixed, Load, Outcome, run
 from benchmarks.simulate.models import MODELS
-from benchmarks.simulate.roofline import Overheads, Roofline, Setup
+from benchmarks.simulate.roofline import AR, Overheads, Roofline, Setup
 from benchmarks.simulate.workload import Workload
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -6,11 +6,11 @@
 rows = B (2N - 1); N = 0 stands for AR. Everything but the host's part is divided by TP. All functions take arrays, one entry per set-up.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.simulate.devices import Device
+from benchmarks.simulate.devices import BF16, Device
 from benchmarks.simulate.models import Model
 
 AR = 0
@@ -74,9 +74,8 @@ class Roofline:
         self._read = of(lambda s: s.model.bytes_read(s.dtype)) / bandwidth
         self._column = of(lambda s: s.model.kv_bytes) / bandwidth
         # An LM head in bf16 runs at bf16's rate.
-        flops = {d: of(lambda s: s.device.flops[d if d == "bf16" else s.dtype] * FLOPS_SHARE * s.tp) for d in ("bf16", "own")}
-        self._linear_row = of(lambda s: 2 * s.model.linear) / flops["own"]
-        self._head_row = of(lambda s: 2 * s.model.lm_head) / flops["bf16"]
+        self._linear_row = of(lambda s: 2 * s.model.linear / (s.device.flops[s.dtype] * FLOPS_SHARE * s.tp))
+        self._head_row = of(lambda s: 2 * s.model.lm_head / (s.device.flops[BF16] * FLOPS_SHARE * s.tp))
         # A ring moves 2 (TP - 1) / TP of the bf16 activations, twice a layer and once behind the embedding.
         self._reduces = of(lambda s: 2 * s.model.layers + 1) * (of(lambda s: s.tp) > 1)
         self._reduce_row = of(lambda s: 2 * (s.tp - 1) / s.tp * 2 * s.model.hidden / s.device.link)
@@ -84,9 +83,6 @@ class Roofline:
     def pick(self, index: int) -> "Roofline":
         """The same for one of the set-ups."""
         return Roofline([self.setups[index]], self.overheads, self.single, self.single_share)
-
-    def with_overheads(self, **changed: float) -> "Roofline":
-        return Roofline(self.setups, replace(self.overheads, **changed), self.single, self.single_share)
 
     def decode(self, stride: np.ndarray, running: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Seconds of a decode step. stride: AR (0) or N; running: requests; columns: KV tokens of all of them together."""

@@ -12,8 +12,9 @@ import numpy as np
 from benchmarks.simulate.bench_results import Bench
 from benchmarks.simulate.chain import Acceptance
 from benchmarks.simulate.controlled import Controlled
-from benchmarks.simulate.loop import AR, Fixed, Load, run
+from benchmarks.simulate.loop import Fixed, Load, run
 from benchmarks.simulate.measured_times import MeasuredTimes
+from benchmarks.simulate.roofline import AR
 
 STOCK = "stock"
 

@@ -11,10 +11,10 @@ from benchmarks.simulate.bench_results import Bench, Single, single
 from benchmarks.simulate.chain import Acceptance
 from benchmarks.simulate.controlled import Controlled
 from benchmarks.simulate.devices import BF16, DEVICES, DTYPES
-from benchmarks.simulate.loop import AR, Fixed, Load, run
+from benchmarks.simulate.loop import Fixed, Load, run
 from benchmarks.simulate.models import MODELS
 from benchmarks.simulate.results import Results
-from benchmarks.simulate.roofline import Overheads, Roofline, Setup
+from benchmarks.simulate.roofline import AR, Overheads, Roofline, Setup
 from benchmarks.simulate.workload import Workload
 from benchmarks.step_time import ceiling
 from idlm_sglang.isd.stride import tokens_per_round
