@@ -90,9 +90,10 @@ def _tp4(rows: Sequence[Predicted]) -> str:
 
 
 def _worst(found: Results) -> list[str]:
+    clients = [r.clients for r in found.predicted]
     lines = [
-        f"Steady load, cold rounds, C = 1 to {max(r.clients for r in found.predicted)}, {len({r.setup for r in found.predicted})} set-ups. N = 1 over stock AR on CPU: {found.single.source}: {1e3 * found.single.seconds:.2f} ms a token,",
-        f"{found.single.share:.1%} of AR's speed. On a GPU it has not been measured.",
+        f"Steady load, cold rounds, C = {min(clients)} to {max(clients)}, {len({r.setup for r in found.predicted})} set-ups. Cost of N = 1 over AR: {1e3 * found.single.seconds:.2f} ms a token, or {found.single.share:.1%} of",
+        f"AR's speed ({found.single.source}). {'' if 'typed' in found.single.source else 'Measured on a CPU; on a GPU it has not been.'}",
         "",
     ]
     rows = []

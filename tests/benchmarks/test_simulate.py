@@ -164,7 +164,7 @@ def test_results_survive_the_disk_and_become_a_page_and_plots(tmp_path):
 
     points = published.covered(published.load())
     checked = [validate.Checked("isd:4", c, 1.5, 1.4, low, high, 3.0, 3.1) for c, low, high in ((1, 1.2, 1.6), (2, None, None))]
-    predicted = predict.predict(replace(OVERHEADS, context=0.15), Single(0.1, 1e-4, "given"), [2], waves=1, say=lambda word: None)
+    predicted = predict.predict(replace(OVERHEADS, context=0.115), Single(0.1, 1e-4, "given"), [2], waves=1, say=lambda word: None)
     Results(OVERHEADS, Single(0.1, 1e-4, "given"), "typed", "bench", "step times", fit.leave_one_out(points), checked, predicted).write(tmp_path)
     found = Results.read(tmp_path)
     assert len(found.predicted) == len(predicted) and found.checked == checked
