@@ -82,7 +82,7 @@ def _speedup(found: Results, points: list[Measured]):
     setups = list(dict.fromkeys(r.setup for r in found.predicted))
     columns = len({tuple(s.split()[2:]) for s in setups})
     figure, grid = plt.subplots(len(setups) // columns, columns, figsize=(4.3 * columns, 3.3 * len(setups) / columns + 1), sharex=True, sharey=True, layout="constrained")
-    figure.suptitle(f"Throughput over AR, simulated with the published server's host cost and N = 1 costing {1e3 * found.single.seconds:.2f} ms as measured on CPU: {_NOTE}", fontsize=12)
+    figure.suptitle(f"Throughput over AR, simulated with the published server's host cost and N = 1 costing {1e3 * found.single.seconds:.2f} ms: {_NOTE}", fontsize=12)
     for axis, setup in zip(grid.flat, setups):
         mine = [r for r in found.predicted if r.setup == setup]
         _panel(axis, setup, mine, [p for p in points if p.series == ISD and setup == f"8B bf16 H100 TP{p.tp}"], points)
