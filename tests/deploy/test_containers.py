@@ -33,6 +33,10 @@ def test_shellcheck_accepts_every_script():
     passes("shellcheck", *SCRIPTS)
 
 
+def test_hadolint_accepts_the_container_file():
+    passes("hadolint", "deploy/Containerfile")
+
+
 def test_the_image_is_the_official_one_of_the_pinned_version():
     assert f"ARG SGLANG_TAG=v{pinned('sglang')}\n" in CONTAINERFILE
     assert "\nFROM lmsysorg/sglang:${SGLANG_TAG}${SGLANG_DIGEST:+@${SGLANG_DIGEST}}\n" in CONTAINERFILE
