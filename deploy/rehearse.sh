@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The swap and the way back on this machine, under the container's conditions and without one: no network but loopback, a
-# root file system that cannot be written, a user other than root, HOME, /tmp and /dev/shm empty. About a minute and a half on two cores.
+# root file system that cannot be written, a user other than root, HOME, /tmp and /dev/shm empty.
 #   deploy/rehearse.sh [PYTHON]        Linux; needs unshare, ip, curl and jq
 # 1. The embedded checkpoint decodes by stride and answers; its answers are written down; SIGTERM in the middle of one lets it finish.
 # 2. The same command with --ar: the written answers are asked again and must be equal.
