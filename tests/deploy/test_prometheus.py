@@ -15,6 +15,17 @@ def test_promtool_accepts_configuration_and_rules():
     passes("promtool", "check", "rules", *RULES)
 
 
+def test_every_scrape_gives_the_series_their_names_whatever_format_was_asked_for():
+    """test_watched.py shows what it does in a real Prometheus; here that no scrape is without."""
+    rule = {"regex": "(idlm|sglang)_(.+)", "replacement": "${1}:${2}"}
+    for name in ("prometheus.yml", "compose.yml"):
+        (job,) = yaml.safe_load((DEPLOY / "prometheus" / name).read_text())["scrape_configs"]
+        assert job["metric_relabel_configs"] == [rule | {"source_labels": ["__name__"], "target_label": "__name__"}], name
+    monitor = next(yaml.safe_load_all((DEPLOY / "kubernetes/components/monitoring/podmonitor.yaml").read_text()))
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["metricRelabelings"] == [rule | {"sourceLabels": ["__name__"], "targetLabel": "__name__"}]
+
+
 def test_every_rule_gives_what_its_cases_say():
     print(passes("promtool", "test", "rules", *CASES))
 

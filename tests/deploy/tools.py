@@ -20,7 +20,12 @@ KUBERNETES = DEPLOY / "kubernetes"
 # `make deploy-check` wants every tool; `make test` does with those that are there.
 REQUIRED = os.environ.get("IDLM_DEPLOY_CHECK") == "1"
 thorough = pytest.mark.skipif(not REQUIRED, reason="takes longer: make deploy-check")
-FROM = {"promtool": "apt install prometheus", "kubectl": "kubectl's own page of downloads", "docker": "Docker's own page of downloads, with its compose plugin"}
+FROM = {
+    "promtool": "apt install prometheus",
+    "prometheus": "apt install prometheus",
+    "kubectl": "kubectl's own page of downloads",
+    "docker": "Docker's own page of downloads, with its compose plugin",
+}
 
 
 def tool(name: str) -> str:
