@@ -31,7 +31,7 @@ check: $(STAMP) ## say whether this environment can serve
 test: $(STAMP) ## run the tests
 	@exec "$(BIN)/python" -m pytest $(ARGS)
 
-deploy-check: $(STAMP) ## check deploy/ with every tool: promtool, kubectl, docker compose, unshare, jq (minutes)
+deploy-check: $(STAMP) ## check deploy/ with every tool: prometheus, kubectl, docker compose, unshare, jq (minutes)
 	@IDLM_DEPLOY_CHECK=1 exec "$(BIN)/python" -m pytest tests/deploy $(ARGS)
 
 bench: $(STAMP) ## compare AR and ISD under load (ARGS=--quick for a first look)

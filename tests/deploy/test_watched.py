@@ -75,7 +75,8 @@ def test_every_panel_and_trigger_gets_a_value_and_no_alert_fires(arms, prometheu
         found = {where: ask(prometheus, query) for where, query in queries.items()}
     empty = [where for where, samples in found.items() if not any(math.isfinite(float(s["value"][1])) for s in samples)]
     speed = found["model:idlm_speedup_over_ar:ratio5m"]
-    print(f"{len(found)} queries have values; speed over AR {[s['value'][1] for s in speed]}")
+    # What the arms do to each other on one machine says nothing about their speed: a value is all that is looked for.
+    print(f"{len(found) - len(empty)} of {len(found)} queries have values")
     assert not empty, empty
     assert {s["metric"]["arm"] for s in found["model_arm:sglang_generation_tokens:rate5m"]} == {"isd", "ar"}
     assert len(speed) == 1 and float(speed[0]["value"][1]) > 0
