@@ -136,6 +136,11 @@ class IsdWorker(BaseSpecWorker):
             self.stride = stride
             self._rows = None
 
+    def stride_for(self, requests: int) -> int:
+        """The stride of a step of that many requests: where the controller chose it, its logits fit. A batch may grow faster
+        than it decides."""
+        return max(min(self.stride, (self._most_rows // requests + 1) // 2), 1) if self.auto else self.stride
+
     def agreed(self, value: int) -> int:
         """The first tensor-parallel rank's ``value``, on all of them."""
         return agreed(get_parallel().tp_group, value)
@@ -186,10 +191,7 @@ class IsdWorker(BaseSpecWorker):
 
     def _batch_rows(self, batch) -> BatchRows:
         plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
-        stride = self.stride
-        if self.auto:
-            # Here, as a batch may have grown since the controller decided.
-            stride = max(min(stride, (self._most_rows // len(plans) + 1) // 2), 1)
+        stride = self.stride_for(len(plans))
         key = (stride, *(plan.number for plan in plans))
         if self._rows is None or self._rows[0] != key:
             self._rows = (key, BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device))
