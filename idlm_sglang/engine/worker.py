@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that measuring step times may take at start-up, or little more.
 _MEASURING = 5.0
+# Bytes that the float32 logits of a step may take at a stride that the controller chose; fixed ones are the operator's choice.
+_LOGITS = 2 << 30
 
 
 class IsdWorker(BaseSpecWorker):
@@ -68,6 +70,7 @@ class IsdWorker(BaseSpecWorker):
         if not isinstance(self.model_runner.model.logits_processor, MaskFreeLogitsProcessor):
             raise SettingError(f"the model was loaded as {type(self.model_runner.model).__name__}; allowed: {ARCHITECTURE}")
         self.vocab = self.model_runner.model_config.vocab_size
+        self._most_rows = _LOGITS // (4 * self.vocab)
         self.last_position = self.model_runner.model_config.context_len - 1
         self.state: SlotState | None = None
         self.counts: TokenCounts | None = None
@@ -121,7 +124,8 @@ class IsdWorker(BaseSpecWorker):
         result = super().prewarm_sampling()
         if self.settings.auto:
             strides = ladder(self.settings.max_stride)
-            times = measure(self, strides, self.model_runner.max_running_requests, _MEASURING)
+            largest = min(self.model_runner.max_running_requests, max(self._most_rows // self.settings.max_width, 1))
+            times = measure(self, strides, largest, _MEASURING)
             totals = None if self.metrics is None else self.metrics.totals
             self.control = StrideControl(StepTimes(times), strides, self.device == "cpu", get_parallel().tp_group, totals, self.settings.salvage != OFF)
             if self.metrics is not None:
@@ -136,6 +140,11 @@ class IsdWorker(BaseSpecWorker):
         if stride != self.stride:
             self.stride = stride
             self._rows = None
+
+    def stride_for(self, requests: int) -> int:
+        """The stride of a step of that many requests: where the controller chose it, its logits fit. A batch may grow faster
+        than it decides."""
+        return max(min(self.stride, (self._most_rows // requests + 1) // 2), 1) if self.auto else self.stride
 
     def agreed(self, value: int) -> int:
         """The first tensor-parallel rank's ``value``, on all of them."""
@@ -187,9 +196,10 @@ class IsdWorker(BaseSpecWorker):
 
     def _batch_rows(self, batch) -> BatchRows:
         plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
-        key = (self.stride, *(plan.number for plan in plans))
+        stride = self.stride_for(len(plans))
+        key = (stride, *(plan.number for plan in plans))
         if self._rows is None or self._rows[0] != key:
-            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, self.stride, self.vocab, self.device))
+            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device))
         return self._rows[1]
 
     def _extend(self, batch, on_publish):

@@ -80,5 +80,16 @@ def test_kv_is_reserved_for_the_stride_in_use(overlap):
     assert worker.columns_ahead([a_request()], overlap) <= 2 * worker.settings.max_width
 
 
+def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept():
+    worker = IsdWorker.__new__(IsdWorker)
+    worker.stride, worker._most_rows = 8, 3000
+    worker.auto = True
+    chosen = {requests: worker.stride_for(requests) for requests in (1, 200, 201, 1000, 4000)}
+    assert chosen == {1: 8, 200: 8, 201: 7, 1000: 2, 4000: 1}
+    assert all((2 * n - 1) * requests <= 3000 for requests, n in chosen.items() if n > 1)
+    worker.auto = False
+    assert worker.stride_for(4000) == 8
+
+
 def test_step_times_are_measured_from_one_request_to_as_many_as_run():
     assert batch_sizes(64) == [1, 4, 16, 64] and batch_sizes(24) == [1, 4, 16, 24] and batch_sizes(1) == [1]
