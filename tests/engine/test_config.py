@@ -8,6 +8,7 @@ import pytest
 
 from idlm_sglang import config
 from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, read_settings
+from idlm_sglang.isd import layout
 
 
 def test_defaults():
