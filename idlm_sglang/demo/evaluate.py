@@ -1,7 +1,7 @@
 """Measure a checkpoint without an engine: `python -m idlm_sglang.demo.evaluate [DIR]`.
 
-Prints tokens per forward at several strides (greedy, and at temperature 1 with the rejection rule) and for several policies behind a
-rejection, whether greedy ISD gives the same tokens as AR, the acceptance of drafts by position, and the share of exactly right greedy
+Prints tokens per forward at several strides (greedy, and at temperature 1 by the rejection rule or, with `--rule coupled`, the same text at every stride) and for several
+policies behind a rejection, whether greedy ISD gives the same tokens as AR, the acceptance of drafts by position, and the share of exactly right greedy
 answers per family. fp32, one sequence at a time. `--blur` makes the MASK rows worse and leaves all others alone, as an adapter that is active
 at the MASK rows only and was trained too little.
 """
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, DynamicCache, Qwen3ForCausalLM
 from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.demo.corpus import FAMILIES, Dialogue, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING
-from idlm_sglang.isd import BRANCH, CHAIN, OFF, row_offsets, visible_rows
+from idlm_sglang.isd import BRANCH, CHAIN, OFF, noise, row_offsets, visible_rows
 
 MAX_NEW_TOKENS = 200
 
@@ -36,9 +36,10 @@ class Counts:
 
 
 class Decoder:
-    """A checkpoint in fp32 with its tokenizer. The MASK logit is removed everywhere."""
+    """A checkpoint in fp32 with its tokenizer. The MASK logit is removed everywhere. ``coupled``: the rule of sampled answers."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, coupled: bool = False):
+        self.coupled = coupled
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.mask = self.model.config.mask_token_id
@@ -81,14 +82,14 @@ class Decoder:
     def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts, salvage: str = OFF) -> list[int]:
         """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy; salvage as in isd.layout."""
         cache = DynamicCache()
-        output = [self._choose(self.forward(cache, prompt)[-1], temperature)]
+        output = [self._choose(self.forward(cache, prompt)[-1], temperature, len(prompt) - 1)]
         drafts: list[int] = []
         q, clean = None, 0
         while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
             kept = cache.get_seq_length() + 1
             fork = clean if salvage == BRANCH else len(drafts)
             logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)], len(drafts), fork)
-            committed, accepted = self._verify(logits, drafts, q, temperature, counts if clean == len(drafts) else Counts())
+            committed, accepted = self._verify(logits, drafts, q, temperature, counts if clean == len(drafts) else Counts(), kept - 1)
             cache.crop(kept + accepted - cache.get_seq_length())  # minus the number of rejected and MASK columns
             counts.forwards += 1
             for token in committed:
@@ -101,21 +102,24 @@ class Decoder:
             # Without rows the next step is cold.
             rows = spine[accepted + 1 :][: stride - 1] if standing or salvage != OFF else spine[:0]
             q = (rows / (temperature or 1.0)).softmax(-1)
-            drafts = [self._choose(row, temperature) for row in rows]
+            drafts = [self._choose(row, temperature, kept + accepted + i) for i, row in enumerate(rows)]
             clean = len(drafts) if standing else 0
         return output[:MAX_NEW_TOKENS]
 
-    def _choose(self, logits: torch.Tensor, temperature: float) -> int:
+    def _choose(self, logits: torch.Tensor, temperature: float, position: int) -> int:
         if not temperature:
             return int(logits.argmax())
+        if self.coupled:
+            g = noise.gumbel(torch.zeros(1, dtype=torch.int64), torch.tensor([[position]]), len(logits))[0, 0]
+            return int((logits / temperature + g).argmax())
         return int(torch.multinomial((logits / temperature).softmax(-1), 1))
 
-    def _verify(self, logits, drafts, q, temperature, counts) -> tuple[list[int], int]:
+    def _verify(self, logits, drafts, q, temperature, counts, position) -> tuple[list[int], int]:
         """Tokens committed by this forward (accepted drafts, then the corrected or the bonus token) and the number of accepted drafts."""
         for i, draft in enumerate(drafts):
             counts.tried[i + 1] += 1
-            if not temperature:
-                best = int(logits[i].argmax())
+            if not temperature or self.coupled:
+                best = self._choose(logits[i], temperature, position + i)
                 if best != draft:
                     return [*drafts[:i], best], i
             else:
@@ -123,7 +127,7 @@ class Decoder:
                 if torch.rand(()) >= p[draft] / q[i, draft]:
                     return [*drafts[:i], int(torch.multinomial((p - q[i]).clamp(min=0), 1))], i
             counts.accepted[i + 1] += 1
-        return [*drafts, self._choose(logits[len(drafts)], temperature)], len(drafts)
+        return [*drafts, self._choose(logits[len(drafts)], temperature, position + len(drafts))], len(drafts)
 
 
 def prompt_sets(count: int, seed: int) -> dict[str, list[Dialogue]]:
@@ -143,6 +147,7 @@ def _different(items: list[Dialogue], count: int) -> list[Dialogue]:
 def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int], policies: list[str]) -> None:
     """Print one line per mode, stride and policy behind a rejection for these prompts."""
     reference = [decoder.generate(p, 1, 0.0, Counts()) for p in prompts]
+    sampled = [decoder.generate(p, 1, 1.0, Counts()) for p in prompts] if decoder.coupled else None
     print(f"  {sum(map(len, reference)) / len(reference):.1f} tokens per greedy answer, {sum(r[-1] in decoder.eos for r in reference)}/{len(prompts)} end with a stop token")
     for temperature in (0.0, 1.0):
         for stride in strides:
@@ -150,7 +155,8 @@ def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int]
             for policy in policies:
                 counts = Counts()
                 outputs = [decoder.generate(p, stride, temperature, counts, policy) for p in prompts]
-                same = f"  equal to AR {sum(a == b for a, b in zip(outputs, reference))}/{len(prompts)}" if not temperature else ""
+                wanted = sampled if temperature else reference
+                same = f"  equal to AR {sum(a == b for a, b in zip(outputs, wanted))}/{len(prompts)}" if wanted else ""
                 by_position = " ".join(f"{counts.accepted[i] / counts.tried[i]:.2f}" for i in sorted(counts.tried))
                 rate = counts.tokens / counts.forwards
                 gain = f" ({100 * (rate / first - 1):+.1f} %)" if first else ""
@@ -181,6 +187,7 @@ def main() -> None:
     parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
     parser.add_argument("--strides", default="2,3,4,8")
     parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {OFF}, {BRANCH}, {CHAIN})")
+    parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
     parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -194,7 +201,7 @@ def main() -> None:
         parser.error(f"directory {args.directory}: it has no config.json")
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    decoder = Decoder(args.directory)
+    decoder = Decoder(args.directory, args.rule == "coupled")
     if args.blur:
         decoder.blur(args.blur)
     for name, items in prompt_sets(args.prompts, args.seed).items() if args.prompts else ():
