@@ -51,7 +51,7 @@ class Proposal:
 
 
 def propose(
-    scores: torch.Tensor,
+    scores: torch.Tensor | None,
     chosen: torch.Tensor,
     greedy: torch.Tensor,
     run: torch.Tensor,
@@ -63,7 +63,7 @@ def propose(
     """Drafts for the positions behind the token that this step commits last.
 
     Args:
-        scores: ``(B, 2K + 1, V)`` log q of the K + 1 verifying rows and the K MASK rows.
+        scores: ``(B, 2K + 1, V)`` log q of the K + 1 verifying rows and the K MASK rows; None where every request is greedy.
         chosen: ``(B, 2K + 1)`` int64, their draws.
         greedy: ``(B,)`` bool.
         run: ``(B,)`` int64, accepted drafts j; forks: ``(B,)`` int64, f of this step.
@@ -80,9 +80,11 @@ def propose(
         # Entries behind the spine's end are not counted; they only have to be some row.
         index = torch.where(entry <= forks[:, None], entry, entry - forks[:, None] + k).clamp(max=2 * k)
         chosen = chosen.gather(1, index)
-        scores = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))
+        if scores is not None:
+            scores = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))
     else:
-        chosen, scores = chosen[:, k + 1 :], scores[:, k + 1 :]
+        chosen = chosen[:, k + 1 :]
+        scores = None if scores is None else scores[:, k + 1 :]
         counts = torch.where(standing, counts, 0)
-    log_q = torch.where(greedy[:, None], 0.0, take(scores, chosen))
+    log_q = torch.zeros(chosen.shape, device=chosen.device) if scores is None else torch.where(greedy[:, None], 0.0, take(scores, chosen))
     return Proposal(chosen, counts, log_q, scores.exp() if keep_q else None, torch.where(standing, counts, 0))

@@ -64,16 +64,18 @@ def isd_step(
     forks = counts if forks is None else forks.to(torch.int64)
     verifying_rows = torch.arange(k + 1, device=logits.device).expand(batch, -1)
     index = torch.cat([verifying_rows, mask_rows(counts, k)], dim=1)
-    scores = target_scores(logits.gather(1, index[..., None].expand(-1, -1, vocab)), rows)
-    positions = seq_lens.to(torch.int64)[:, None] + torch.cat([verifying_rows, mask_rows(forks, k)], dim=1)
-
     greedy = rows.greedy
     if rows.any_sampled:
+        scores = target_scores(logits.gather(1, index[..., None].expand(-1, -1, vocab)), rows)
+        positions = seq_lens.to(torch.int64)[:, None] + torch.cat([verifying_rows, mask_rows(forks, k)], dim=1)
         g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
         chosen = torch.where(greedy[:, None], scores.argmax(-1), (scores + g).argmax(-1))
+        verifying = scores[:, : k + 1]
     else:
-        chosen = scores.argmax(-1)
-    verifying, yielded = scores[:, : k + 1], chosen[:, : k + 1]
+        # Greedy requests need no more than the argmax, and of that a V-th has to be picked out.
+        scores = verifying = None
+        chosen = logits.argmax(-1).gather(1, index)
+    yielded = chosen[:, : k + 1]
 
     match = yielded[:, :k] == drafts
     accepted = match
