@@ -19,6 +19,10 @@ VERIFY, SALVAGE, COLD, SINGLE = KINDS = ("verify", "salvage", "cold", "single")
 # Sums by position behind the pending token; survivors of rejections apart from drafts of the paper's rounds.
 _BY_POSITION = ("proposed", "accepted", "salvage_proposed", "salvage_accepted")
 
+# Prometheus counters live in a shared file, and an increment takes longer than the counting: they follow the plain counts
+# with the step that ends a request, and at least this often (in steps).
+_PUBLISH_EVERY = 16
+
 # Proposals after which a model that accepts next to nothing is reported, and how little that is.
 _WARN_AFTER = 512
 _WARN_BELOW = 0.02
@@ -37,6 +41,24 @@ class Totals:
     salvage_accepted: list[int] = field(default_factory=list)
     introspection: float = 0.0
     tried: int = 0
+
+    @classmethod
+    def none(cls, max_drafts: int) -> "Totals":
+        """Nothing counted, K = ``max_drafts`` positions."""
+        return cls(**{name: [0] * max_drafts for name in _BY_POSITION})
+
+    def add(self, other: "Totals") -> None:
+        """Count what ``other`` counted."""
+        self.tokens += other.tokens
+        self.forwards += other.forwards
+        self.introspection += other.introspection
+        self.tried += other.tried
+        for kind, n in other.rounds.items():
+            self.rounds[kind] += n
+        for name in _BY_POSITION:
+            mine = getattr(self, name)
+            for i, n in enumerate(getattr(other, name)):
+                mine[i] += n
 
     def as_dict(self) -> dict:
         rounds = sum(self.rounds.values())
@@ -108,16 +130,10 @@ class _Step:
 
     lengths: list[int]
     left: int
-    proposed: list[int]
-    accepted: list[int]
-    salvage_proposed: list[int]
-    salvage_accepted: list[int]
+    counts: Totals
     stats: list[list[float]] | None = None
-    tokens: int = 0
-    rounds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    introspection: float = 0.0
-    tried: int = 0
     seen: list[tuple[int, int, bool]] = field(default_factory=list)
+    ends: bool = False
 
 
 class IsdMetrics:
@@ -132,7 +148,8 @@ class IsdMetrics:
     """
 
     def __init__(self, max_drafts: int, labels: dict[str, str] | None):
-        self.totals = Totals(**{name: [0] * max_drafts for name in _BY_POSITION})
+        self.totals = Totals.none(max_drafts)
+        self._unpublished = Totals.none(max_drafts)
         # Told of each step's rounds, as (drafts verified, accepted, whether they were survivors) per request.
         self.on_step: Callable[[list[tuple[int, int, bool]]], None] | None = None
         self._warned = False
@@ -147,9 +164,8 @@ class IsdMetrics:
 
     def begin(self, batch) -> None:
         """A step's result has arrived; none of its tokens is appended yet."""
-        k = len(self.totals.proposed)
         left = sum(not (req.finished() or req.is_retracted) for req in batch.reqs)
-        self._step = _Step([len(req.output_ids) for req in batch.reqs], left, *([0] * k for _ in _BY_POSITION))
+        self._step = _Step([len(req.output_ids) for req in batch.reqs], left, Totals.none(len(self.totals.proposed)))
 
     def row(self, req, result: IsdResult, i: int) -> None:
         """Row ``i`` of the step, its tokens appended and trimmed. SGLang leaves rows out that had already ended."""
@@ -167,55 +183,54 @@ class IsdMetrics:
         step.seen.append((count, run, salvage))
         if req.idlm_plan.reason != SELFCHECK:
             kind = SINGLE if single else SALVAGE if salvage else VERIFY if count else COLD
-            self._count(step, kind, tokens, count, run, step.stats[i][2] if count else 0.0)
+            self._count(step.counts, kind, tokens, count, run, step.stats[i][2] if count else 0.0)
+        step.ends |= req.finished()
         step.left -= 1
         if step.left == 0:
             # Before the answers leave: who has one finds it counted.
             self.end()
 
     @staticmethod
-    def _count(step: _Step, kind: str, tokens: int, count: int, run: int, introspection: float) -> None:
-        step.tokens += tokens
-        step.rounds[kind] += 1
-        if kind == SALVAGE:
-            for position in range(count):
-                step.salvage_proposed[position] += 1
-                step.salvage_accepted[position] += position < run
-            return
+    def _count(counts: Totals, kind: str, tokens: int, count: int, run: int, introspection: float) -> None:
+        counts.tokens += tokens
+        counts.rounds[kind] += 1
+        survivors = kind == SALVAGE
+        proposed = counts.salvage_proposed if survivors else counts.proposed
+        accepted = counts.salvage_accepted if survivors else counts.accepted
         for position in range(count):
-            step.proposed[position] += 1
-            step.accepted[position] += position < run
-        step.introspection += introspection
-        step.tried += min(run + 1, count)
+            proposed[position] += 1
+            accepted[position] += position < run
+        if not survivors:
+            counts.introspection += introspection
+            counts.tried += min(run + 1, count)
 
     def end(self) -> None:
         """All rows of the step are counted. A second call does nothing."""
-        step, totals, series = self._step, self.totals, self._series
+        step = self._step
         if step is None:
             return
         self._step = None
-        totals.tokens += step.tokens
-        totals.forwards += 1
-        totals.introspection += step.introspection
-        totals.tried += step.tried
-        for kind, n in step.rounds.items():
-            totals.rounds[kind] += n
-        for name in _BY_POSITION:
-            for i, n in enumerate(getattr(step, name)):
-                getattr(totals, name)[i] += n
-        if series:
-            series["tokens"].inc(step.tokens)
-            series["forwards"].inc()
-            series["introspection_sum"].inc(step.introspection)
-            series["introspection_count"].inc(step.tried)
-            for kind, n in step.rounds.items():
-                series["rounds"][kind].inc(n)
-            for name in _BY_POSITION:
-                for i, n in enumerate(getattr(step, name)):
-                    series[name][i].inc(n)
+        step.counts.forwards = 1
+        self.totals.add(step.counts)
+        if self._series:
+            self._unpublished.add(step.counts)
+            if step.ends or self._unpublished.forwards >= _PUBLISH_EVERY:
+                self._publish()
         if self.on_step is not None:
             self.on_step(step.seen)
         self._warn_when_nothing_is_accepted()
+
+    def _publish(self) -> None:
+        counts, series = self._unpublished, self._series
+        self._unpublished = Totals.none(len(counts.proposed))
+        amounts = [(series["tokens"], counts.tokens), (series["forwards"], counts.forwards)]
+        amounts += [(series["introspection_sum"], counts.introspection), (series["introspection_count"], counts.tried)]
+        amounts += [(series["rounds"][kind], n) for kind, n in counts.rounds.items()]
+        for name in _BY_POSITION:
+            amounts += zip(series[name], getattr(counts, name))
+        for counter, n in amounts:
+            if n:
+                counter.inc(n)
 
     def interval(self) -> tuple[int, int, int, int]:
         """Tokens, rounds, drafts proposed and drafts accepted since the last call."""
