@@ -38,12 +38,12 @@ def count_no_drafts(worker):
         current[:] = [] if rows.penalised is None else [batch.reqs[i] for i in rows.penalised.rows]
         return terms(self, logits, batch, rows, *rest)
 
-    def stale(logits, penalties, counts, drafts, valid, first_index):
-        valid = valid.clone()
+    def stale(logits, penalties, counts, drafts, in_front, first_index):
+        in_front = in_front.clone()
         for i, req in enumerate(current):
             if broken(req, "penalties"):
-                valid[i] = False
-        return penalise(logits, penalties, counts, drafts, valid, first_index)
+                in_front[i] = False
+        return penalise(logits, penalties, counts, drafts, in_front, first_index)
 
     worker.IsdWorker._with_request_terms, worker.penalise = remember, stale
 
