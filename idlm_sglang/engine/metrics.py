@@ -32,6 +32,7 @@ class Totals:
     accepted: list[int] = field(default_factory=list)
     introspection: float = 0.0
     tried: int = 0
+    answers: int = 0
 
     def as_dict(self) -> dict:
         rounds = sum(self.rounds.values())
@@ -156,6 +157,7 @@ class IsdMetrics:
         figures_of(req).add(tokens, count, run)
         step.seen.append((count, run))
         if req.idlm_plan.reason != SELFCHECK:
+            self.totals.answers += req.finished()
             self._count(step, single, tokens, count, run, step.stats[i][2] if count else 0.0)
         step.left -= 1
         if step.left == 0:
