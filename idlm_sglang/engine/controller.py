@@ -27,7 +27,7 @@ class StrideControl:
         self._controller = StrideController(times, strides, salvage)
         self._clock = StepClock(blocking)
         self._group, self._totals = group, totals
-        self._steps, self._told = 0, (0, 0)
+        self._steps, self._told = 0, (0, 0, 0)
         self._tokens_per_round = self._speed = None
 
     def rounds(self, seen: list[tuple[int, int, bool]]) -> None:
@@ -58,9 +58,10 @@ class StrideControl:
             return None
         if self._totals is None:
             return agreed(self._group, 0)
-        now = (self._totals.tokens, sum(self._totals.rounds.values()))
-        tokens, rounds = (a - b for a, b in zip(now, self._told))
+        now = (self._totals.tokens, sum(self._totals.rounds.values()), self._totals.answers)
+        tokens, rounds, answers = (a - b for a, b in zip(now, self._told))
         if rounds:
+            self._controller.observe_answers(tokens, answers)
             self._told, self._tokens_per_round = now, _recent(self._tokens_per_round, tokens / rounds)
         return agreed(self._group, self._controller.decide(batch))
 

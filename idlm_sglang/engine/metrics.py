@@ -41,6 +41,7 @@ class Totals:
     salvage_accepted: list[int] = field(default_factory=list)
     introspection: float = 0.0
     tried: int = 0
+    answers: int = 0
 
     @classmethod
     def none(cls, max_drafts: int) -> "Totals":
@@ -53,6 +54,7 @@ class Totals:
         self.forwards += other.forwards
         self.introspection += other.introspection
         self.tried += other.tried
+        self.answers += other.answers
         for kind, n in other.rounds.items():
             self.rounds[kind] += n
         for name in _BY_POSITION:
@@ -184,6 +186,7 @@ class IsdMetrics:
         if req.idlm_plan.reason != SELFCHECK:
             kind = SINGLE if single else SALVAGE if salvage else VERIFY if count else COLD
             self._count(step.counts, kind, tokens, count, run, step.stats[i][2] if count else 0.0)
+            step.counts.answers += req.finished()
         step.ends |= req.finished()
         step.left -= 1
         if step.left == 0:

@@ -4,13 +4,14 @@ A step of stride N costs more the more requests run, and brings more tokens the 
 estimated (:mod:`idlm_sglang.isd.estimates`), and the expected tokens of a round follow from a Markov chain over rounds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from idlm_sglang.isd.estimates import Acceptance, StepTimes
 
-__all__ = ["Acceptance", "Choice", "Policy", "StepTimes", "StrideController", "choose", "ladder", "tokens_per_round"]
+__all__ = ["Acceptance", "Choice", "Policy", "StepTimes", "StrideController", "choose", "in_answers", "ladder", "tokens_per_round"]
 
 _LADDER = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -63,6 +64,14 @@ def tokens_per_round(linear: Sequence[float], branch: Sequence[float] | None, st
     return tokens / rounds
 
 
+def in_answers(tokens: float, length: float) -> float:
+    """Tokens per round over whole answers of which decode steps commit ``length`` tokens, where ``tokens`` are expected per round in the long run.
+
+    An answer's last round loses half of what it might have committed beyond its first token. Short answers gain less from wide strides.
+    """
+    return tokens if math.isinf(length) else length / max((length + (tokens - 1) / 2) / tokens, 1.0)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A stride, and what each one is expected to give in tokens per second, stride 1 being 1."""
@@ -79,13 +88,14 @@ def choose(
     strides: Sequence[int],
     current: int | None = None,
     hysteresis: float = 0.0,
+    length: float = math.inf,
 ) -> Choice:
     """The stride with the most expected tokens per second at ``batch`` running requests.
 
     ``current`` is kept unless the best beats it by more than the share ``hysteresis``; among equals the smaller one is
-    taken. Depends on nothing but its arguments.
+    taken. ``length``: tokens of an answer (:func:`in_answers`). Depends on nothing but its arguments.
     """
-    rate = {n: tokens_per_round(linear, branch, n) / times.seconds(batch, n) for n in sorted(strides)}
+    rate = {n: in_answers(tokens_per_round(linear, branch, n), length) / times.seconds(batch, n) for n in sorted(strides)}
     single = 1 / times.seconds(batch, 1) if 1 in times.strides else next(iter(rate.values()))
     expected = {n: r / single for n, r in rate.items()}
     best = max(expected, key=expected.get)
@@ -118,6 +128,8 @@ class Policy:
 
 _URGENT = 1.25
 _OTHER_BATCH = 1.5
+# Answers that their mean length is taken over.
+_ANSWERS = 64
 # Steps whose worth of trials may be saved up.
 _SAVED = 64
 
@@ -163,6 +175,7 @@ class StrideController:
         self._saved: float | None = None
         self._lately: list[tuple[int, float]] = []
         self._lately_at = 0
+        self._answered = (0.0, 0.0)
 
     @property
     def stride(self) -> int:
@@ -203,12 +216,19 @@ class StrideController:
         """Drafts verified and accepted, per request of one step, as :meth:`Acceptance.observe` takes them."""
         self.acceptance.observe(proposed, accepted, branch)
 
+    def observe_answers(self, tokens: int, answers: int) -> None:
+        """``tokens`` were committed lately and ``answers`` ended; recent ones count most."""
+        keep = 1 - min(answers / _ANSWERS, 1.0)
+        self._answered = (self._answered[0] * keep + tokens, self._answered[1] * keep + answers)
+
     def decide(self, batch: int) -> int:
         """The stride for the next ``policy.interval`` decode steps of about ``batch`` requests."""
         policy = self.policy
         branch = self.acceptance.branch() if self.salvage else None
         linear = self.acceptance.linear()
-        choice = choose(self.times, linear, branch, batch, self.strides, self._settled, policy.hysteresis)
+        tokens, answers = self._answered
+        length = max(tokens / answers, 1.0) if answers else math.inf
+        choice = choose(self.times, linear, branch, batch, self.strides, self._settled, policy.hysteresis, length)
         self.choice = choice
         self._since += 1
         bucket = min(self.times.batches, key=lambda b: abs(b - batch))

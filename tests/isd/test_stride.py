@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from idlm_sglang.isd.stride import Acceptance, Policy, StepTimes, StrideController, choose, ladder, tokens_per_round
+from idlm_sglang.isd.stride import Acceptance, Policy, StepTimes, StrideController, choose, in_answers, ladder, tokens_per_round
 
 STRIDES = ladder(8)
 
@@ -69,6 +69,26 @@ def test_survivors_help_where_they_are_accepted_and_a_perfect_model_needs_none()
     assert tokens_per_round([1.0], [0.0], 4) == 4
     # Where nothing survives, a salvage round is a cold one.
     assert tokens_per_round([0.85], [0.0], 4) == pytest.approx(tokens_per_round([0.85], None, 4))
+
+
+@pytest.mark.parametrize("p, stride, length", [(0.9, 4, 12), (0.95, 8, 25), (0.5, 4, 6), (0.97, 8, 200)])
+def test_short_answers_take_the_rounds_that_drawn_ones_take(p, stride, length):
+    rng, rounds, answers = random.Random(8), 0, 4000
+    for _ in range(answers):
+        request, left = Request(rng), length
+        while left > 0:
+            left -= request.round(stride, [p])[1] + 1
+            rounds += 1
+    got, want = length * answers / rounds, in_answers(tokens_per_round([p], None, stride), length)
+    print(f"{got:.2f} drawn, {want:.2f} expected, {tokens_per_round([p], None, stride):.2f} in the long run")
+    assert want == pytest.approx(got, rel=0.06)
+    assert in_answers(1.0, length) == 1 and in_answers(3.0, math.inf) == 3
+
+
+def test_shorter_answers_never_widen():
+    times = linear_times(0.01)
+    chosen = [choose(times, [0.95], None, 16, STRIDES, length=n).stride for n in range(1, 400)]
+    assert chosen == sorted(chosen) and len(set(chosen)) > 1
 
 
 @pytest.mark.parametrize("branch", [None, [0.6]])
