@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from idlm_kernels.noise import STREAM_TOKEN, gumbel_of, gumbel_reference, row_keys, token_bits, unit_below
-from idlm_kernels.rows import BLOCK, WARPS, Rows, Sampling, finite, row_logits, row_start, sampling_of, tempered
+from idlm_kernels.rows import BLOCK, EXACT, WARPS, Rows, Sampling, finite, row_logits, row_start, sampling_of, tempered
 
 # Tokens whose largest logit is kept for the search of a top-k edge.
 GROUP = 128
@@ -166,11 +166,11 @@ def choose(rows: Rows, sampling: Sampling, splits: int | None = None, block: int
     if total:
         _scan[(total, splits)](
             *rows.pointers, rows.index, rows.positions, *parameters, sampling.seed, block_top, block_sum, split_best, split_token,
-            group_top, columns, blocks, groups, SPLITS=splits, BLOCK=block, GROUP=GROUP, num_warps=WARPS,
+            group_top, columns, blocks, groups, SPLITS=splits, BLOCK=block, GROUP=GROUP, num_warps=WARPS, **EXACT,
         )  # fmt: skip
         _join[(total,)](
             *rows.pointers, rows.index, *parameters, block_top, block_sum, split_best, split_token, tokens, log_p, top, log_sum,
-            columns, blocks, SPLITS=splits, BLOCKS=triton.next_power_of_2(blocks), num_warps=1,
+            columns, blocks, SPLITS=splits, BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **EXACT,
         )  # fmt: skip
     return Draws(tokens, log_p, top, log_sum, group_top)
 

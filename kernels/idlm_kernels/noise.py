@@ -93,7 +93,7 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int, stream: int
     batch, rows = positions.shape
     out = torch.empty(batch, rows, vocab, dtype=torch.float32, device=seeds.device)
     bits = torch.empty(batch, rows, vocab, dtype=torch.int64, device=seeds.device)
-    _fill[(batch * rows, triton.cdiv(vocab, block))](seeds, positions.contiguous(), out, bits, rows, vocab, STREAM=stream, BLOCK=block)
+    _fill[(batch * rows, triton.cdiv(vocab, block))](seeds, positions.contiguous(), out, bits, rows, vocab, STREAM=stream, BLOCK=block, enable_fp_fusion=False)
     return out, bits
 
 

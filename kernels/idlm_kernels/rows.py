@@ -11,6 +11,8 @@ import triton.language as tl
 # it rounds differently, and the edge of a nucleus could move with the batch: the two are the same at every batch size.
 BLOCK = 2048
 WARPS = 8
+# A product and a sum stay two roundings, so that variants of a kernel (with a bias, with a bitmask) give a token the same score.
+EXACT = {"enable_fp_fusion": False}
 
 
 class Sampling(Protocol):

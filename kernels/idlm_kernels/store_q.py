@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from idlm_kernels.choose import Draws
-from idlm_kernels.rows import BLOCK, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
+from idlm_kernels.rows import BLOCK, EXACT, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
 from idlm_kernels.truncate import log_p_of
 from idlm_kernels.verify import law_reference
 
@@ -49,7 +49,7 @@ def store_q(rows: Rows, sampling: Sampling, draws: Draws, first: torch.Tensor, k
         return
     _write[(batch * k, triton.cdiv(vocab, block))](
         *rows.pointers, rows.index, *draws.law, sampling.coupled.view(torch.uint8), sampling.temperature, sampling.top_k, sampling.top_p,
-        sampling.min_p, first, columns, out, out.stride(0), out.stride(1), slots, K=k, BLOCK=block, num_warps=WARPS,
+        sampling.min_p, first, columns, out, out.stride(0), out.stride(1), slots, K=k, BLOCK=block, num_warps=WARPS, **EXACT,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from idlm_kernels.choose import Draws
 from idlm_kernels.noise import STREAM_TOKEN, gumbel_of, gumbel_reference, row_keys, token_bits
-from idlm_kernels.rows import BLOCK, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
+from idlm_kernels.rows import BLOCK, EXACT, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
 
 # Tokens per row that select handles without reading the row again.
 CAPACITY = 4096
@@ -246,15 +246,15 @@ def truncate(
     if total:
         _cut[(total,)](
             rows.index, *parameters, *law, draws.group_top, cut, found, vocab, columns, groups,
-            SLACK=SLACK, GROUPS=triton.next_power_of_2(groups), num_warps=4,
+            SLACK=SLACK, GROUPS=triton.next_power_of_2(groups), num_warps=4, **EXACT,
         )  # fmt: skip
         _collect[(total, splits)](
             *rows.pointers, rows.index, *parameters, *law, cut, found, keys, ids, columns, triton.cdiv(vocab, block),
-            CAPACITY=capacity, SPLITS=splits, BLOCK=block, num_warps=WARPS,
+            CAPACITY=capacity, SPLITS=splits, BLOCK=block, num_warps=WARPS, **EXACT,
         )  # fmt: skip
         _select[(total,)](
             *rows.pointers, rows.index, rows.positions, *parameters, sampling.seed, *law, cut, found, keys, ids,
-            draws.tokens, draws.log_p, edge, tie, log_kept, columns, CAPACITY=capacity, BLOCK=select_block, num_warps=WARPS,
+            draws.tokens, draws.log_p, edge, tie, log_kept, columns, CAPACITY=capacity, BLOCK=select_block, num_warps=WARPS, **EXACT,
         )  # fmt: skip
     return replace(draws, edge=edge, tie=tie, log_kept=log_kept)
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from idlm_kernels.choose import Draws
 from idlm_kernels.noise import STREAM_ACCEPT, STREAM_FINAL, gumbel_of, gumbel_reference, row_keys, token_bits, uniform_of, uniform_reference
-from idlm_kernels.rows import BLOCK, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
+from idlm_kernels.rows import BLOCK, EXACT, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
 from idlm_kernels.truncate import log_p_of
 
 RESIDUAL_SPLITS = 16
@@ -235,11 +235,11 @@ def verify(
         sampling.coupled.view(torch.uint8), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, bests, chosen, columns,
     )  # fmt: skip
     if batch and rejecting:
-        _residual[(batch, splits)](*shared, triton.cdiv(vocab, block), K=k, SPLITS=splits, BLOCK=block, num_warps=WARPS)
+        _residual[(batch, splits)](*shared, triton.cdiv(vocab, block), K=k, SPLITS=splits, BLOCK=block, num_warps=WARPS, **EXACT)
     if batch:
         _commit[(batch,)](
             *shared, draws.log_p, log_q, limits, tokens, lens, last, deciding, introspection, next_drafts, next_counts, next_log_q,
-            K=k, SPLITS=splits, num_warps=1,
+            K=k, SPLITS=splits, num_warps=1, **EXACT,
         )  # fmt: skip
     return Verified(tokens, lens, last, deciding, introspection, next_drafts, next_counts, next_log_q)
 
