@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm_kernels.choose import Draws
+from idlm_kernels.choose import Draws, splits_for
 from idlm_kernels.noise import STREAM_TOKEN, gumbel_of, gumbel_reference, row_keys, token_bits
 from idlm_kernels.rows import BLOCK, EXACT, WARPS, Rows, Sampling, row_logits, row_start, sampling_of, tempered
 
@@ -224,7 +224,7 @@ def _select(
 
 
 def truncate(
-    rows: Rows, sampling: Sampling, draws: Draws, splits: int = 4, capacity: int = CAPACITY, block: int = BLOCK, select_block: int = SELECT_BLOCK
+    rows: Rows, sampling: Sampling, draws: Draws, splits: int | None = None, capacity: int = CAPACITY, block: int = BLOCK, select_block: int = SELECT_BLOCK
 ) -> Draws:
     """The draws with the truncated requests' tokens, supports and log-probabilities; the other rows' stay.
 
@@ -236,7 +236,8 @@ def truncate(
         return draws
     batch, _, columns, vocab = rows.shape
     total, device = batch * columns, rows.logits.device
-    groups = draws.group_top.shape[-1]
+    groups, blocks = draws.group_top.shape[-1], triton.cdiv(vocab, block)
+    splits = splits or splits_for(total, blocks)
     cut, found = torch.empty(total, device=device), torch.empty(total, dtype=torch.int32, device=device)
     keys, ids = (torch.empty(total, capacity, dtype=torch.int32, device=device) for _ in range(2))
     edge, log_kept = torch.empty(batch, columns, device=device), torch.empty(batch, columns, device=device)
@@ -249,7 +250,7 @@ def truncate(
             SLACK=SLACK, GROUPS=triton.next_power_of_2(groups), num_warps=4, **EXACT,
         )  # fmt: skip
         _collect[(total, splits)](
-            *rows.pointers, rows.index, *parameters, *law, cut, found, keys, ids, columns, triton.cdiv(vocab, block),
+            *rows.pointers, rows.index, *parameters, *law, cut, found, keys, ids, columns, blocks,
             CAPACITY=capacity, SPLITS=splits, BLOCK=block, num_warps=WARPS, **EXACT,
         )  # fmt: skip
         _select[(total,)](

@@ -196,7 +196,7 @@ def verify(
     limits: torch.Tensor,
     q: torch.Tensor | None = None,
     q_rows: torch.Tensor | None = None,
-    splits: int = RESIDUAL_SPLITS,
+    splits: int | None = None,
     block: int = BLOCK,
 ) -> Verified:
     """Verify a step's drafts.
@@ -207,10 +207,13 @@ def verify(
         drafts: ``(B, K)`` int64; counts: ``(B,)`` integer; log_q: ``(B, K)`` float32; limits: ``(B,)`` integer, as for `isd.step.isd_step`.
         q: ``(S, K', V)`` float32 probabilities the drafts were drawn from, ``K' >= K``; needed where a sampled request rejects.
         q_rows: ``(B,)`` int64, the first index into q of each request; the requests in order without it.
+        splits: programs per request that draw the correction, a power of two. No result depends on it.
     """
     _, _, columns, vocab = rows.shape
     batch, k = drafts.shape
     device = drafts.device
+    blocks = triton.cdiv(vocab, block)
+    splits = splits or min(RESIDUAL_SPLITS, triton.next_power_of_2(blocks))
     if columns < 2 * k + 1:
         raise ValueError(f"{columns} columns of draws for {k} drafts; allowed: at least {2 * k + 1}")
     rejecting = sampling.any_rejection
@@ -235,7 +238,7 @@ def verify(
         sampling.coupled.view(torch.uint8), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, bests, chosen, columns,
     )  # fmt: skip
     if batch and rejecting:
-        _residual[(batch, splits)](*shared, triton.cdiv(vocab, block), K=k, SPLITS=splits, BLOCK=block, num_warps=WARPS, **EXACT)
+        _residual[(batch, splits)](*shared, blocks, K=k, SPLITS=splits, BLOCK=block, num_warps=WARPS, **EXACT)
     if batch:
         _commit[(batch,)](
             *shared, draws.log_p, log_q, limits, tokens, lens, last, deciding, introspection, next_drafts, next_counts, next_log_q,

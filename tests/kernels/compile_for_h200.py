@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 python -m tests.kernels.compile_for_h200
 
-Prints one line per kernel variant: registers spilled, shared memory, size of the binary. Exit code 1 where one does not compile or assemble.
+Prints one line per kernel variant: shared memory and binary in bytes, uses of local memory (spilled registers). Ends with an error where one does not compile or assemble.
 """
 
 import sys

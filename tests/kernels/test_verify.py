@@ -36,7 +36,7 @@ def step_of(params, k, vocab, seed, device, near=0.4, terms=None):
     return rows, sampling, draws, (drafts, counts, log_q, limits), q
 
 
-@pytest.mark.parametrize("k, seed", [(0, 0), (1, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize("k, seed", [(0, 0), (1, 1), (3, 3)])
 def test_a_step_is_what_loops_over_the_drafts_give(k, seed, device):
     """Any mixture of rules, counts and limits; q is read at the slots that keep it; zeros in q; NaN behind what is valid."""
     params = MIXED[: 4 if k == 0 else len(MIXED)]
@@ -45,7 +45,7 @@ def test_a_step_is_what_loops_over_the_drafts_give(k, seed, device):
     kept = torch.full((len(params) + 1, 4, 90), float("nan"), device=device)
     kept[slots, :k] = q
     want = verify_reference(rows, sampling, draws, *carried, q)
-    for splits in (1, 2):
+    for splits in (1, 2) if k == 1 else (2,):
         got = verify(rows, sampling, draws, *carried, kept, slots, splits=splits, block=64)
         for name in EXACT:
             assert torch.equal(getattr(got, name), getattr(want, name)), name
@@ -56,7 +56,7 @@ def test_a_step_is_what_loops_over_the_drafts_give(k, seed, device):
 
 def test_equal_p_and_q_always_stand(device):
     """p = q bit for bit: u < 1 accepts whatever the draw."""
-    params = [Params(), Params(temperature=0.7), Params(top_k=7), Params(top_p=0.6)] * 3
+    params = [Params(), Params(temperature=0.7), Params(top_k=7), Params(top_p=0.6)]
     batch, vocab, k = len(params), 40, 2
     logits = random_logits(batch, 1, vocab, 5, device).expand(-1, 2 * k + 1, -1).contiguous()
     counts, seq_lens = torch.zeros(batch, dtype=torch.int64, device=device), torch.arange(batch, device=device)
