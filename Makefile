@@ -14,11 +14,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.idlm-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test bench clean
+.PHONY: help install serve check test deploy-check bench clean
 
 help: ## list the targets
 	@echo "make TARGET [PORT=$(PORT)] [HOST=$(HOST)] [MODEL=checkpoint] [ARGS=...] [VENV=$(VENV)] [PYTHON=python3]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 
 install: $(STAMP) ## create the environment (about 11 GB, 3 minutes), or reuse it
 
@@ -30,6 +30,9 @@ check: $(STAMP) ## say whether this environment can serve
 
 test: $(STAMP) ## run the tests
 	@exec "$(BIN)/python" -m pytest $(ARGS)
+
+deploy-check: $(STAMP) ## check deploy/ with every tool: prometheus, kubectl, docker compose, unshare, jq (minutes)
+	@IDLM_DEPLOY_CHECK=1 exec "$(BIN)/python" -m pytest tests/deploy $(ARGS)
 
 bench: $(STAMP) ## compare AR and ISD under load (ARGS=--quick for a first look)
 	@exec "$(BIN)/idlm" bench $(if $(MODEL),"$(MODEL)") $(ARGS)

@@ -10,10 +10,17 @@ DEFAULT_STRIDE = 4
 MAX_STRIDE = 16
 ALGORITHM = "ISD"
 
+# The controller chooses the stride, up to this one where no other limit is set.
+AUTO = "auto"
+AUTO_MAX_STRIDE = 8
+
 DEFAULT_SELFCHECK = 0.001
 
 REJECTION = "rejection"
 COUPLED = "coupled"
+
+# What a rejection leaves; `isd.layout` has the three below `auto`, which is resolved by the attention backend.
+AUTO, BRANCH, CHAIN, OFF = SALVAGE = ("auto", "branch", "chain", "off")
 
 
 class SettingError(SystemExit, ValueError):
@@ -33,11 +40,14 @@ class Settings:
 
     Attributes:
         stride: N, tokens proposed and verified per forward by default (1..16; 1 is plain autoregressive decoding).
-        max_stride: the largest N a request may ask for; KV and state are reserved for it.
+            Under ``auto`` the one to begin with.
+        max_stride: the largest N that the controller may choose or a request ask for; state is kept for it.
         mask_token_id: MASK for checkpoints that do not name one, or None.
         sampling_rule: which exact rule serves sampled requests without a seed, ``coupled`` (the server draws one) or ``rejection``.
         selfcheck: share of finished requests that is asked again at one token per step and compared, 0 to 1.
+        salvage: what a rejection leaves for the next step: survivors for a ``branch`` round or a ``chain``, or nothing (``off``).
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
+        auto: the stride controller chooses N, step by step.
     """
 
     stride: int = DEFAULT_STRIDE
@@ -45,12 +55,22 @@ class Settings:
     mask_token_id: int | None = None
     sampling_rule: str = COUPLED
     selfcheck: float = DEFAULT_SELFCHECK
+    salvage: str = AUTO
     strided_grammars: bool = True
+    auto: bool = False
 
     @property
     def max_width(self) -> int:
         """W = 2N - 1 at the largest stride: rows per request and forward."""
         return 2 * self.max_stride - 1
+
+
+def stride_or_auto(shown: str, text: str) -> int | None:
+    """The stride in ``text``, None for ``auto``; ``shown`` as for :func:`whole_number`."""
+    try:
+        return None if text.strip().lower() == AUTO else whole_number(shown, text, 1, MAX_STRIDE)
+    except SettingError as error:
+        raise SettingError(f"{str(error).removeprefix('idlm: ')}, or {AUTO}") from None
 
 
 def whole_number(shown: str, text: str, low: int, high: int | None) -> int:
@@ -83,42 +103,50 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE`` and ``IDLM_SELFCHECK`` are
-    read; every bad value raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK`` and
+    ``IDLM_SALVAGE`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
-    stride = None
+    stride, auto = None, False
     if "IDLM_STRIDE" in env:
-        stride = _integer("IDLM_STRIDE", env["IDLM_STRIDE"], 1, MAX_STRIDE)
+        stride = stride_or_auto(f"IDLM_STRIDE={env['IDLM_STRIDE']!r}", env["IDLM_STRIDE"])
+        auto = stride is None
     if num_steps is not None:
         if not 0 <= num_steps < MAX_STRIDE:
             raise SettingError(
                 f"--speculative-num-steps {num_steps} is out of range; for {ALGORITHM} it is the stride minus one, "
                 f"allowed: 0 to {MAX_STRIDE - 1}"
             )
-        if stride is not None and stride != num_steps + 1:
+        if auto or (stride is not None and stride != num_steps + 1):
             raise SettingError(
-                f"IDLM_STRIDE={stride} and --speculative-num-steps {num_steps} (stride {num_steps + 1}) disagree; "
+                f"IDLM_STRIDE={AUTO if auto else stride} and --speculative-num-steps {num_steps} (stride {num_steps + 1}) disagree; "
                 "set one of them"
             )
         stride = num_steps + 1
     stride = DEFAULT_STRIDE if stride is None else stride
-    max_stride = stride
+    max_stride = AUTO_MAX_STRIDE if auto else stride
     if "IDLM_MAX_STRIDE" in env:
         max_stride = _integer("IDLM_MAX_STRIDE", env["IDLM_MAX_STRIDE"], 1, MAX_STRIDE)
-        if max_stride < stride:
+        if auto:
+            stride = min(stride, max_stride)
+        elif max_stride < stride:
             raise SettingError(f"IDLM_MAX_STRIDE={max_stride} is below the stride {stride}; allowed: {stride} to {MAX_STRIDE}")
     mask = env.get("IDLM_MASK_TOKEN_ID")
     rule = env.get("IDLM_SAMPLING_RULE", COUPLED)
     if rule not in (REJECTION, COUPLED):
         raise SettingError(f"IDLM_SAMPLING_RULE={rule!r} is not known; allowed: {COUPLED}, {REJECTION}")
     checked = env.get("IDLM_SELFCHECK")
+    salvage = env.get("IDLM_SALVAGE", AUTO)
+    if salvage not in SALVAGE:
+        raise SettingError(f"IDLM_SALVAGE={salvage!r} is not known; allowed: {', '.join(SALVAGE)}")
     return Settings(
         stride=stride,
+        auto=auto,
         max_stride=max_stride,
         mask_token_id=None if mask is None else _integer("IDLM_MASK_TOKEN_ID", mask, 0, None),
         sampling_rule=rule,
         selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
+        salvage=salvage,
     )
 
 

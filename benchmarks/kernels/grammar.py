@@ -66,7 +66,7 @@ class Constrained:
         self.drafts = [self._draft(req.grammar, draw) for req in self.reqs]
         drafts = torch.tensor(self.drafts, device=device)
         counts = torch.full((size.batch,), k, device=device)
-        self.carried = Carried(drafts, counts, torch.zeros(size.batch, k, device=device), None)
+        self.carried = Carried(drafts, counts, torch.zeros(size.batch, k, device=device), None, counts)
         self.chain = torch.cat([torch.zeros(size.batch, 1, dtype=torch.int64, device=device), drafts], dim=1)
         self.new_step = lambda: GrammarStep(self.reqs, list(range(size.batch)), [k] * size.batch, k, size.vocab, MASK)
 

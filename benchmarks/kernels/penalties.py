@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.kernels.harness import FLOOR, LIBRARY, OURS, REFERENCE, Arm, Case, Options, assert_equal
 from benchmarks.kernels.inputs import Size, peaked_logits, sizes
+from idlm_sglang.isd.layout import drafts_in_front
 from idlm_sglang.isd.penalties import penalise
-from idlm_sglang.isd.verify import valid_drafts
 
 PROMPT, OUTPUT, END = 30, 100, 2
 VARIANTS = {
@@ -46,7 +46,8 @@ class Penalised:
         self.drafts = torch.randint(4, size.vocab, (size.batch, size.k), device=device)
         # Where the history or an earlier draft comes again, a row's count is above one.
         self.drafts[:, :1] = self.output[:, -1:].to(device) if size.k else self.drafts
-        self.valid = valid_drafts(torch.full((size.batch,), size.k, device=device), size.k)
+        full = torch.full((size.batch,), size.k, device=device)
+        self.in_front = drafts_in_front(full, full, size.k, size.width)
         self.first = torch.full((size.batch,), OUTPUT, device=device)
 
     def orchestrator(self):
@@ -98,7 +99,7 @@ def step_arms(size: Size, variant: str, options: Options) -> list[Arm]:
     def ours() -> torch.Tensor:
         work.copy_(logits)
         counts = batch.counts.of(batch.slots[index])
-        work[index] = penalise(work[index], batch.penalised.penalties, counts, batch.drafts[index], batch.valid[index], batch.first[index])
+        work[index] = penalise(work[index], batch.penalised.penalties, counts, batch.drafts[index], batch.in_front[index], batch.first[index])
         return work
 
     def by_sglang() -> torch.Tensor:

@@ -15,10 +15,13 @@ from idlm_sglang.isd import noise, step_positions, target_scores
 from idlm_sglang.isd.propose import propose
 
 
-def ours(scores: torch.Tensor, rows, positions: torch.Tensor, limits: torch.Tensor, keep_q: bool):
-    """(drafts, log q, q or None)."""
+def ours(step_scores: torch.Tensor, rows, positions: torch.Tensor, limits: torch.Tensor, keep_q: bool):
+    """(drafts, log q, q or None) from the scores of all 2K + 1 rows, the last K of which are MASK rows."""
+    k = positions.shape[1]
+    scores = step_scores[:, k + 1 :]
     noisy = scores + noise.gumbel(rows.seed, positions, scores.shape[-1]) if rows.any_sampled else scores
-    found = propose(scores, noisy.argmax(-1), rows.greedy, limits > 0, limits, keep_q)
+    chosen = torch.cat([positions.new_zeros(len(positions), k + 1), noisy.argmax(-1)], dim=1)
+    found = propose(step_scores, chosen, rows.greedy, limits, limits, limits, keep_q, False)
     return found.drafts, found.log_q, found.q
 
 
@@ -69,11 +72,12 @@ def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
     device, k = options.device, size.k
     rows = sampling_rows("greedy" if rule == "greedy" else "temperature", size.batch, device, rule != "rejection")
     scores = target_scores(peaked_logits((size.batch, k), size.vocab, device), rows)
+    step_scores = torch.cat([scores.new_zeros(size.batch, k + 1, size.vocab), scores], dim=1)
     positions = step_positions(torch.arange(size.batch, device=device) * 37 + 100 + size.stride, k)
     limits = torch.full((size.batch,), k, device=device)
     keep_q = rule == "rejection"
     arms = [
-        Arm("ours", OURS, lambda: ours(scores, rows, positions, limits, keep_q), check),
+        Arm("ours", OURS, lambda: ours(step_scores, rows, positions, limits, keep_q), check),
         Arm("loop over rows", REFERENCE, lambda: in_loops(scores, rows, positions, keep_q)),
     ]
     if rule != "greedy":

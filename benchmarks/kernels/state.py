@@ -45,7 +45,7 @@ def slots_arms(size: Size, with_q: bool, options: Options) -> list[Arm]:
     counts = torch.arange(batch, device=device) % (k + 1)
     drafts, log_q = torch.randint(4, size.vocab, (batch, k), device=device), torch.randn(batch, k, device=device)
     q = torch.rand(batch, k, size.vocab, device=device) if with_q else None
-    proposal = Proposal(drafts, counts, log_q, q)
+    proposal = Proposal(drafts, counts, log_q, q, counts)
     state = SlotState(batch + 1, k, size.vocab, with_q, device)
     kept: dict[int, tuple] = {}
 

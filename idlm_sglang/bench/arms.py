@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from idlm_sglang.config import DEFAULT_STRIDE, MAX_STRIDE, SettingError, whole_number
+from idlm_sglang.config import AUTO, DEFAULT_STRIDE, SettingError, stride_or_auto
 from idlm_sglang.serving.options import DEMO_NAME
 
 STOCK, AR, ISD, URL = "stock", "ar", "isd", "url"
@@ -18,7 +18,7 @@ _STOCK_CLASS = {"IDLMForCausalLM": "Qwen3ForCausalLM", "SDARForCausalLM": "Qwen3
 # What every arm gets from here.
 _SET_HERE = ("--host", "--port", "--max-running-requests", "--stride", "--ar", "--selfcheck")
 
-ALLOWED = "stock, ar, isd, isd:N or a URL, with a name in front (NAME=...) where SGLang flags follow"
+ALLOWED = "stock, ar, isd, isd:N, isd:auto or a URL, with a name in front (NAME=...) where SGLang flags follow"
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Arm:
     Attributes:
         name: in tables and plots.
         kind: STOCK (SGLang without the plugin), AR (with it, one token per step), ISD, or URL (already running).
-        stride: N of an ISD arm, else None.
+        stride: N of an ISD arm, AUTO where the controller chooses it, else None.
         flags: the arm's own SGLang flags.
         url: where a URL arm is.
     """
 
     name: str
     kind: str
-    stride: int | None = None
+    stride: int | str | None = None
     flags: tuple[str, ...] = ()
     url: str | None = None
 
@@ -62,7 +62,7 @@ def parse(text: str) -> Arm:
     kind, _, stride = base.partition(":")
     if kind not in (STOCK, AR, ISD) or (stride and kind != ISD) or base.endswith(":"):
         raise SettingError(f"{shown} is not known; allowed: {ALLOWED}")
-    number = whole_number(f"{shown}: stride {stride}", stride, 1, MAX_STRIDE) if stride else DEFAULT_STRIDE
+    number = (stride_or_auto(f"{shown}: stride {stride}", stride) or AUTO) if stride else DEFAULT_STRIDE
     return Arm(name, kind, number if kind == ISD else None, tuple(flags))
 
 

@@ -18,7 +18,7 @@ class Decoding:
 
     Attributes:
         tokens_per_forward: tokens committed per request and decode forward (TPF).
-        queries: rows of one request in one forward: 2N - 1 at stride N, 1 in AR.
+        queries: rows of one request in one forward: 2N - 1 at stride N, 1 in AR; the mean where the stride changed.
         efficiency: TPF^2 / queries.
         introspective_acceptance: mean of min(1, p/q) over tried drafts, None without drafts.
         accepted, proposed: drafts by position behind the pending token.
@@ -26,7 +26,7 @@ class Decoding:
     """
 
     tokens_per_forward: float
-    queries: int
+    queries: float
     efficiency: float
     introspective_acceptance: float | None = None
     accepted: tuple[int, ...] = ()
@@ -44,8 +44,10 @@ class Counts(Counter):
         super().__init__()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name.startswith(_IDLM) or sample.name in (_VERIFIES, _GENERATED, _RETRACTED):
-                    self[sample.name, sample.labels.get("position") or sample.labels.get("kind") or ""] += sample.value
+                # Gauges are no counts: they go down.
+                own = sample.name.startswith(_IDLM) and sample.name.endswith("_total")
+                if own or sample.name in (_VERIFIES, _GENERATED, _RETRACTED):
+                    self[sample.name, sample.labels.get("position") or sample.labels.get("kind") or sample.labels.get("stride") or ""] += sample.value
 
     def since(self, before: "Counts") -> "Counts":
         found = Counts()
@@ -56,20 +58,21 @@ class Counts(Counter):
 def decoding(counts: Counts, answers: int, stride: int | None, algorithm: str | None, draft_tokens: int | None) -> Decoding | None:
     """Figures of the counts of one point; None where the server has no counters for its algorithm.
 
-    ``answers``: finished in this point. ``stride``: N of an ISD server. ``algorithm``: what else decodes several tokens at a time there, None for
+    ``answers``: finished in this point. ``stride``: N of an ISD server, the last one where it changed. ``algorithm``: what else decodes several tokens at a time there, None for
     AR. ``draft_tokens``: rows it verifies per request.
     """
     if any(value < 0 for value in counts.values()):
         return None  # a server that was restarted, or another one behind the same address
     if stride is not None:
-        rounds = {kind: counts["idlm:rounds_total", kind] for kind in ("verify", "cold", "single")}
+        rounds = {kind: counts["idlm:rounds_total", kind] for kind in ("verify", "salvage", "cold", "single")}
         total = sum(rounds.values())
         if not total:
             return None
-        queries = 2 * stride - 1
+        steps = {int(label): count for (name, label), count in counts.items() if name == "idlm:steps_total" and count}
+        queries = sum((2 * n - 1) * count for n, count in steps.items()) / sum(steps.values()) if steps else 2 * stride - 1
         tpf = counts["idlm:tokens_committed_total", ""] / total
         tried = counts["idlm:introspective_acceptance_count_total", ""]
-        positions = [str(i) for i in range(1, stride)]
+        positions = [str(i) for i in range(1, max(steps, default=stride))]
         return Decoding(
             tpf,
             queries,

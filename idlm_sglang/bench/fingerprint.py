@@ -10,6 +10,7 @@ from typing import Any
 
 from idlm_sglang.bench.options import masked
 from idlm_sglang.bench.servers import Served
+from idlm_sglang.config import AUTO
 from idlm_sglang.serving.device import device_name
 
 _PACKAGES = ("idlm-sglang", "sglang", "torch", "transformers", "triton", "flashinfer-python")
@@ -36,7 +37,7 @@ def server(served: Served) -> dict[str, Any]:
     state = (info.get("internal_states") or [{}])[0]
     return {
         "kind": served.arm.kind,
-        "stride": state.get("idlm", {}).get("stride"),
+        "stride": AUTO if state.get("idlm", {}).get("auto") else state.get("idlm", {}).get("stride"),
         "command": masked(served.command),
         "environ": served.environ,
         "url": served.arm.url,

@@ -1,6 +1,7 @@
 """The plots of a comparison, as PNG."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -122,7 +123,7 @@ def _acceptance(cells: Sequence[Cell], colours: dict[str, str]):
         for arm in dict.fromkeys(c.arm for c in some):
             mine = [c.decoding for c in some if (c.arm, c.temperature) == (arm, temperature)]
             # The load changes who waits, not what a draft is worth: all concurrencies together.
-            accepted, proposed = ([sum(column) for column in zip(*(d[key] for d in mine))] for key in ("accepted", "proposed"))
+            accepted, proposed = ([sum(column) for column in zip_longest(*(d[key] for d in mine), fillvalue=0)] for key in ("accepted", "proposed"))
             rates = [a / p for a, p in zip(accepted, proposed) if p]
             axes.plot(range(1, len(rates) + 1), rates, "o-", color=colours[arm], label=arm, markersize=4)
         longest = max(len(c.decoding["proposed"]) for c in some)

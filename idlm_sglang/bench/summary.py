@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def _together(parts: list[dict | None]) -> dict | None:
     if any(part is None for part in parts):
         return None
     means = {key: _mean(part[key] for part in parts) for key in ("tokens_per_forward", "queries", "efficiency", "introspective_acceptance", "cold")}
-    return means | {key: [sum(column) for column in zip(*(part[key] for part in parts))] for key in ("accepted", "proposed")}
+    return means | {key: [sum(column) for column in zip_longest(*(part[key] for part in parts), fillvalue=0)] for key in ("accepted", "proposed")}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

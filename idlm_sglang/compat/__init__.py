@@ -35,10 +35,10 @@ from idlm_sglang.compat.requests import (
     attach_seeds,
     penalties_in_order,
     refuse_in_http,
-    room_for_masks,
     scores_without_generating,
     token_keyed_sampler,
 )
+from idlm_sglang.compat.reserve import allocate_in_use, need_in_use, reserve_in_use, room_for_masks
 from idlm_sglang.compat.start import (
     model_class_on_demand,
     packed_anew,
@@ -89,6 +89,9 @@ _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
+    Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AFTER", reserve_in_use),
+    Patch(_SRT + "speculative.spec_utils.spec_prepare_for_decode", "AROUND", allocate_in_use),
+    Patch(_SRT + "managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2", "AROUND", need_in_use),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
     Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
     Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),

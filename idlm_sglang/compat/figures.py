@@ -153,12 +153,15 @@ def stride_handler(handlers: dict, state) -> dict | None:
     worker = state.scheduler.draft_worker
 
     def validate(key: str, value: Any) -> None:
-        top = worker.settings.max_stride
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:
-            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from 1 to {top}")
+        # SGLang takes numbers alone: 0 stands for auto.
+        low, top = int(worker.control is None), worker.settings.max_stride
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= top:
+            raise UpdateRejected(f"{key}={value!r} is not valid; allowed: an integer from {low} to {top}")
 
     def apply(key: str, value: Any) -> None:
-        worker.set_stride(value)
+        worker.auto = value == 0
+        if not worker.auto:
+            worker.set_stride(value)
 
     kept = {k: v for k, v in handlers.items() if not k.startswith("speculative_accept_threshold")}
     return kept | {"idlm_stride": _UpdateHandler(validate, apply)}
@@ -173,6 +176,10 @@ def state_report(_, state, report: dict) -> None:
     worker = state.scheduler.draft_worker
     if is_isd() and worker.metrics is not None:
         totals = worker.metrics.totals.as_dict()
-        report["idlm"] = {"stride": worker.stride, "max_stride": worker.settings.max_stride, **totals}
+        strides = {"stride": worker.stride, "max_stride": worker.settings.max_stride, "auto": worker.auto}
+        strides["steps_by_stride"] = {str(n): count for n, count in sorted(worker.strides.steps.items())}
+        if worker.control is not None:
+            strides["controller"] = worker.control.as_dict()
+        report["idlm"] = {**strides, **totals}
         if totals["tokens_per_forward"] is not None:
             report["avg_spec_accept_length"] = totals["tokens_per_forward"]

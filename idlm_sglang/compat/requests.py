@@ -53,18 +53,6 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         scheduler.init_req_max_new_tokens(req)
 
 
-def room_for_masks(_, batch) -> None:
-    """What: after ``ScheduleBatch.prepare_for_extend`` the requests whose prompt ends there get KV slots for MASK rows.
-    Why: the forward that ends a prompt can draw the first drafts; SGLang allocates a decode step's slots only behind it.
-    Guard: the hook applied; answers are compared with AR, and a test finds no cold step behind a prompt.
-    Goes when: SGLang lets a speculative algorithm reserve slots at prefill.
-    """
-    if is_isd():
-        from idlm_sglang.engine.warm import reserve
-
-        reserve(batch)
-
-
 def scores_without_generating(req) -> bool:
     """What: ``Req.is_prefill_only``, a property, is true for ``max_new_tokens`` 0 under ISD too.
     Why: SGLang switches it off for every speculative algorithm; ``/v1/score`` then reads the wrong positions. ISD runs a

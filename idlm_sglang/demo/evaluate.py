@@ -1,7 +1,9 @@
 """Measure a checkpoint without an engine: `python -m idlm_sglang.demo.evaluate [DIR]`.
 
-Prints tokens per forward at several strides (greedy, and at temperature 1 with the rejection rule), whether greedy ISD gives the same tokens
-as AR, the acceptance of drafts by position, and the share of exactly right greedy answers per family. fp32, one sequence at a time.
+Prints tokens per forward at several strides (greedy, and at temperature 1 by the rejection rule or, with `--rule coupled`, the same text at every stride) and for several
+policies behind a rejection, whether greedy ISD gives the same tokens as AR, the acceptance of drafts by position, and the share of exactly right greedy
+answers per family. fp32, one sequence at a time. `--blur` makes the MASK rows worse and leaves all others alone, as an adapter that is active
+at the MASK rows only and was trained too little.
 """
 
 import argparse
@@ -13,18 +15,20 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, DynamicCache, Qwen3ForCausalLM
 
 from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.demo.corpus import FAMILIES, Dialogue, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING
+from idlm_sglang.isd import BRANCH, CHAIN, OFF, noise, row_offsets, visible_rows
 
 MAX_NEW_TOKENS = 200
 
 
 @dataclass
 class Counts:
-    """Sums over generations: tokens committed by decode forwards (after a stop: dropped), those forwards, drafts by position."""
+    """Sums over generations: tokens committed by decode forwards (after a stop: dropped), those forwards, drafts by position (survivors left out)."""
     tokens: int = 0
     forwards: int = 0
     tried: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -32,9 +36,10 @@ class Counts:
 
 
 class Decoder:
-    """A checkpoint in fp32 with its tokenizer. The MASK logit is removed everywhere."""
+    """A checkpoint in fp32 with its tokenizer. The MASK logit is removed everywhere. ``coupled``: the rule of sampled answers."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, coupled: bool = False):
+        self.coupled = coupled
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.mask = self.model.config.mask_token_id
@@ -48,23 +53,43 @@ class Decoder:
         """The answer's text, without special tokens."""
         return self.tokenizer.decode(output, skip_special_tokens=True)
 
-    def forward(self, cache: DynamicCache, tokens: list[int]) -> torch.Tensor:
-        """Append `tokens` to the cache; logits (len(tokens), V) in fp32."""
-        logits = self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0]
+    def blur(self, scale: float) -> None:
+        """Noise of `scale` times their standard deviation on all weights of the layers, for MASK rows only."""
+        generator, at_mask = torch.Generator().manual_seed(5), {}
+        self.model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: at_mask.update(rows=inputs[0][0] == self.mask))
+        for linear in (m for layer in self.model.model.layers for m in layer.modules() if isinstance(m, nn.Linear)):
+            noise = torch.randn(linear.weight.shape, generator=generator) * linear.weight.std() * scale
+
+            def add(_, inputs, output, noise=noise):
+                return output + at_mask["rows"][:, None] * nn.functional.linear(inputs[0], noise)
+
+            linear.register_forward_hook(add)
+
+    def forward(self, cache: DynamicCache, tokens: list[int], drafts: int = 0, fork: int = 0) -> torch.Tensor:
+        """Append `tokens` to the cache; logits (len(tokens), V) in fp32. MASK rows see `fork` of the `drafts` (see isd.layout)."""
+        branch = {}
+        if fork < drafts:
+            past, width = cache.get_seq_length(), len(tokens)
+            c, f = torch.tensor([drafts]), torch.tensor([fork])
+            visible = torch.ones(1, width, past + width, dtype=torch.bool).tril(past)
+            visible[..., past:] &= visible_rows(c, f, width)
+            branch = {"position_ids": past + row_offsets(c, f, width), "attention_mask": torch.where(visible, 0.0, float("-inf"))[:, None]}
+        logits = self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, **branch).logits[0]
         logits[:, self.mask] = float("-inf")
         return logits
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts) -> list[int]:
-        """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy."""
+    def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts, salvage: str = OFF) -> list[int]:
+        """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy; salvage as in isd.layout."""
         cache = DynamicCache()
-        output = [self._choose(self.forward(cache, prompt)[-1], temperature)]
+        output = [self._choose(self.forward(cache, prompt)[-1], temperature, len(prompt) - 1)]
         drafts: list[int] = []
-        q = None
+        q, clean = None, 0
         while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
             kept = cache.get_seq_length() + 1
-            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)])
-            committed, accepted = self._verify(logits, drafts, q, temperature, counts)
+            fork = clean if salvage == BRANCH else len(drafts)
+            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)], len(drafts), fork)
+            committed, accepted = self._verify(logits, drafts, q, temperature, counts if clean == len(drafts) else Counts(), kept - 1)
             cache.crop(kept + accepted - cache.get_seq_length())  # minus the number of rejected and MASK columns
             counts.forwards += 1
             for token in committed:
@@ -72,25 +97,29 @@ class Decoder:
                 counts.tokens += 1
                 if token in self.eos:
                     break
-            rows = logits[1 + len(drafts):]
-            if accepted == len(drafts):
-                q = (rows / (temperature or 1.0)).softmax(-1)
-                drafts = [self._choose(row, temperature) for row in rows]
-            else:  # the next step is cold
-                drafts = []
+            standing = accepted >= fork
+            spine = torch.cat([logits[: fork + 1], logits[1 + len(drafts):]])
+            # Without rows the next step is cold.
+            rows = spine[accepted + 1 :][: stride - 1] if standing or salvage != OFF else spine[:0]
+            q = (rows / (temperature or 1.0)).softmax(-1)
+            drafts = [self._choose(row, temperature, kept + accepted + i) for i, row in enumerate(rows)]
+            clean = len(drafts) if standing else 0
         return output[:MAX_NEW_TOKENS]
 
-    def _choose(self, logits: torch.Tensor, temperature: float) -> int:
+    def _choose(self, logits: torch.Tensor, temperature: float, position: int) -> int:
         if not temperature:
             return int(logits.argmax())
+        if self.coupled:
+            g = noise.gumbel(torch.zeros(1, dtype=torch.int64), torch.tensor([[position]]), len(logits))[0, 0]
+            return int((logits / temperature + g).argmax())
         return int(torch.multinomial((logits / temperature).softmax(-1), 1))
 
-    def _verify(self, logits, drafts, q, temperature, counts) -> tuple[list[int], int]:
+    def _verify(self, logits, drafts, q, temperature, counts, position) -> tuple[list[int], int]:
         """Tokens committed by this forward (accepted drafts, then the corrected or the bonus token) and the number of accepted drafts."""
         for i, draft in enumerate(drafts):
             counts.tried[i + 1] += 1
-            if not temperature:
-                best = int(logits[i].argmax())
+            if not temperature or self.coupled:
+                best = self._choose(logits[i], temperature, position + i)
                 if best != draft:
                     return [*drafts[:i], best], i
             else:
@@ -98,7 +127,7 @@ class Decoder:
                 if torch.rand(()) >= p[draft] / q[i, draft]:
                     return [*drafts[:i], int(torch.multinomial((p - q[i]).clamp(min=0), 1))], i
             counts.accepted[i + 1] += 1
-        return [*drafts, self._choose(logits[len(drafts)], temperature)], len(drafts)
+        return [*drafts, self._choose(logits[len(drafts)], temperature, position + len(drafts))], len(drafts)
 
 
 def prompt_sets(count: int, seed: int) -> dict[str, list[Dialogue]]:
@@ -115,18 +144,26 @@ def _different(items: list[Dialogue], count: int) -> list[Dialogue]:
     return list({tuple(question for question, _ in item.turns): item for item in items}.values())[:count]
 
 
-def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int]) -> None:
-    """Print one line per mode and stride for these prompts."""
+def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int], policies: list[str]) -> None:
+    """Print one line per mode, stride and policy behind a rejection for these prompts."""
     reference = [decoder.generate(p, 1, 0.0, Counts()) for p in prompts]
+    sampled = [decoder.generate(p, 1, 1.0, Counts()) for p in prompts] if decoder.coupled else None
     print(f"  {sum(map(len, reference)) / len(reference):.1f} tokens per greedy answer, {sum(r[-1] in decoder.eos for r in reference)}/{len(prompts)} end with a stop token")
     for temperature in (0.0, 1.0):
         for stride in strides:
-            counts = Counts()
-            outputs = [decoder.generate(p, stride, temperature, counts) for p in prompts]
-            same = f"  equal to AR {sum(a == b for a, b in zip(outputs, reference))}/{len(prompts)}" if not temperature else ""
-            by_position = " ".join(f"{counts.accepted[i] / counts.tried[i]:.2f}" for i in sorted(counts.tried))
-            print(f"  {'greedy' if not temperature else 'T = 1 '}  N = {stride}  {counts.tokens / counts.forwards:.2f} tokens per forward{same}  "
-                  f"accepted by position {by_position}", flush=True)
+            first = 0.0
+            for policy in policies:
+                counts = Counts()
+                outputs = [decoder.generate(p, stride, temperature, counts, policy) for p in prompts]
+                wanted = sampled if temperature else reference
+                same = f"  equal to AR {sum(a == b for a, b in zip(outputs, wanted))}/{len(prompts)}" if wanted else ""
+                by_position = " ".join(f"{counts.accepted[i] / counts.tried[i]:.2f}" for i in sorted(counts.tried))
+                rate = counts.tokens / counts.forwards
+                gain = f" ({100 * (rate / first - 1):+.1f} %)" if first else ""
+                first = first or rate
+                name = f"  {policy}" if len(policies) > 1 else ""
+                print(f"  {'greedy' if not temperature else 'T = 1 '}  N = {stride}{name}  {rate:.2f} tokens per forward{gain}{same}  "
+                      f"accepted by position {by_position}", flush=True)
 
 
 def measure_answers(decoder: Decoder, count: int, seed: int, families: list[str]) -> None:
@@ -149,19 +186,27 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=20, help="prompts per family and kind of novelty for the answers (0: skip)")
     parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
     parser.add_argument("--strides", default="2,3,4,8")
+    parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {OFF}, {BRANCH}, {CHAIN})")
+    parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
+    parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     unknown = set(filter(None, args.families.split(","))) - {f.name for f in FAMILIES}
     if unknown:
         parser.error(f"--families {','.join(sorted(unknown))}: known are {', '.join(f.name for f in FAMILIES)}")
+    policies = args.salvage.split(",")
+    if not set(policies) <= {OFF, BRANCH, CHAIN}:
+        parser.error(f"--salvage {args.salvage}: known are {OFF}, {BRANCH}, {CHAIN}")
     if not (args.directory / "config.json").is_file():
         parser.error(f"directory {args.directory}: it has no config.json")
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    decoder = Decoder(args.directory)
+    decoder = Decoder(args.directory, args.rule == "coupled")
+    if args.blur:
+        decoder.blur(args.blur)
     for name, items in prompt_sets(args.prompts, args.seed).items() if args.prompts else ():
         print(f"{name}: {len(items)} prompts", flush=True)
-        measure_speed(decoder, [decoder.prompt(item) for item in items], [int(n) for n in args.strides.split(",")])
+        measure_speed(decoder, [decoder.prompt(item) for item in items], [int(n) for n in args.strides.split(",")], policies)
     if args.answers:
         print("greedy answers that are exactly right, on held-out prompts", flush=True)
         measure_answers(decoder, args.answers, args.seed, [f for f in args.families.split(",") if f])

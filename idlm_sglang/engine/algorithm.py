@@ -2,12 +2,13 @@
 
 import json
 import logging
+from dataclasses import replace
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from idlm_sglang import checkpoint
 from idlm_sglang.platform import accelerator_available
-from idlm_sglang.config import ALGORITHM, Settings, SettingError, hand_down, read_settings
+from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, Settings, SettingError, hand_down, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +17,8 @@ PAGE_SIZES = (1, 16, 32, 64)
 # SGLang's fa3 fixes its verify width at start and would compute wrong attention at any other stride.
 GPU_BACKENDS = ("triton", "flashinfer")
 DEFAULT_GPU_BACKEND = "triton"
+# The one whose verify forward takes `IsdVerifyInput.new_visible`.
+MASKING_BACKEND = "torch_native"
 
 # Server arguments that ISD does not serve: field, whether a value is refused, the flag as typed, what is allowed.
 _REFUSED = (
@@ -81,6 +84,19 @@ def choose_backend(server_args) -> None:
         logger.info("idlm: attention backend %s", DEFAULT_GPU_BACKEND)
 
 
+def resolve_salvage(salvage: str, server_args) -> str:
+    """What a rejection leaves, for the attention backend in use; :class:`SettingError` for a branch where it cannot hide columns."""
+    backend = next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
+    if salvage == AUTO:
+        return BRANCH if backend == MASKING_BACKEND else OFF
+    if salvage == BRANCH and backend != MASKING_BACKEND:
+        raise SettingError(
+            f"IDLM_SALVAGE={salvage} cannot be served with --attention-backend {backend}, whose verify forward hides no columns; "
+            f"allowed: auto, chain, off, or {MASKING_BACKEND} on a CPU"
+        )
+    return salvage
+
+
 def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:
     """MASK id and its source for the checkpoint to be served, before any weight is loaded."""
     from sglang.srt.utils.hf_transformers_utils import get_config, get_tokenizer
@@ -134,6 +150,7 @@ class IsdAlgorithm(CustomSpecAlgo):
         compat.assert_applied()
         settings = read_settings(server_args.speculative_num_steps)
         refuse_unserved(server_args)
+        settings = replace(settings, salvage=resolve_salvage(settings.salvage, server_args))
         width = server_args.speculative_num_draft_tokens
         if width not in (None, settings.max_width):
             raise SettingError(

@@ -98,6 +98,14 @@ def walk(grammar, drafts: list[int], limit: int, mask: torch.Tensor, first_row: 
     return Walk(kept, forced)
 
 
+def _clean(walked: Walk, count: int, clean: int) -> int:
+    """How many drafts of a walked request are no survivors: those that were none, and what the grammar forces at their head."""
+    if clean == count:
+        return len(walked.drafts)
+    forced = next((i for i, is_forced in enumerate(walked.forced) if not is_forced), len(walked.forced))
+    return max(min(clean, len(walked.drafts)), forced)
+
+
 class GrammarStep:
     """The grammars of one step: adjusted drafts before the forward, masked logits behind it.
 
@@ -127,26 +135,32 @@ class GrammarStep:
             return carried, {}
         self._rows = live
         self._index = on_device(torch.tensor(live, dtype=torch.int64), device)
-        packed = torch.cat([carried.counts[self._index, None], carried.drafts[self._index]], dim=1).tolist()
+        mine = self._index
+        packed = torch.cat([carried.counts[mine, None], carried.clean[mine, None], carried.drafts[mine]], dim=1).tolist()
         per = self._k + 1
         self._mask = self._reqs[live[0]].grammar.allocate_vocab_mask(vocab_size=self._vocab, batch_size=len(live) * per, device="cpu")
         walks = [
             walk(self._reqs[i].grammar, drafts[:count], self._limits[i], self._mask, n * per, self._mask_id, self._vocab)
-            for n, (i, (count, *drafts)) in enumerate(zip(live, packed))
+            for n, (i, (count, _, *drafts)) in enumerate(zip(live, packed))
         ]
+        clean = [_clean(w, *before[:2]) for w, before in zip(walks, packed)]
         failed = {i: w.failed for i, w in zip(live, walks) if w.failed is not None}
         host = torch.tensor(
-            [[len(w.drafts), *w.drafts, *[0] * (self._k - len(w.drafts)), *w.forced, *[0] * (self._k - len(w.forced))] for w in walks],
+            [
+                [len(w.drafts), c, *w.drafts, *[0] * (self._k - len(w.drafts)), *w.forced, *[0] * (self._k - len(w.forced))]
+                for w, c in zip(walks, clean)
+            ],
             dtype=torch.int64,
         )
         new = on_device(host, device)
-        drafts, forced = new[:, 1 : self._k + 1], new[:, self._k + 1 :].bool()
+        drafts, forced = new[:, 2 : self._k + 2], new[:, self._k + 2 :].bool()
         return (
             Carried(
                 drafts=carried.drafts.index_copy(0, self._index, drafts),
                 counts=carried.counts.index_copy(0, self._index, new[:, 0].to(carried.counts.dtype)),
                 log_q=carried.log_q.index_copy(0, self._index, carried.log_q[self._index].masked_fill(forced, 0.0)),
                 q=carried.q,
+                clean=carried.clean.index_copy(0, self._index, new[:, 1].to(carried.clean.dtype)),
             ),
             failed,
         )

@@ -6,6 +6,7 @@ TP rank counts.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from idlm_sglang.engine.requests import SELFCHECK
@@ -13,7 +14,10 @@ from idlm_sglang.engine.spec_io import IsdResult
 
 logger = logging.getLogger(__name__)
 
-VERIFY, COLD, SINGLE = "verify", "cold", "single"
+VERIFY, SALVAGE, COLD, SINGLE = KINDS = ("verify", "salvage", "cold", "single")
+
+# Sums by position behind the pending token; survivors of rejections apart from drafts of the paper's rounds.
+_BY_POSITION = ("proposed", "accepted", "salvage_proposed", "salvage_accepted")
 
 # Proposals after which a model that accepts next to nothing is reported, and how little that is.
 _WARN_AFTER = 512
@@ -26,9 +30,11 @@ class Totals:
 
     tokens: int = 0
     forwards: int = 0
-    rounds: dict[str, int] = field(default_factory=lambda: {VERIFY: 0, COLD: 0, SINGLE: 0})
+    rounds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    salvage_proposed: list[int] = field(default_factory=list)
+    salvage_accepted: list[int] = field(default_factory=list)
     introspection: float = 0.0
     tried: int = 0
 
@@ -40,6 +46,8 @@ class Totals:
             "rounds": dict(self.rounds),
             "drafts_proposed": list(self.proposed),
             "drafts_accepted": list(self.accepted),
+            "salvage_proposed": list(self.salvage_proposed),
+            "salvage_accepted": list(self.salvage_accepted),
             "introspective_acceptance": self.introspection / self.tried if self.tried else None,
             "tokens_per_forward": self.tokens / rounds if rounds else None,
         }
@@ -102,11 +110,14 @@ class _Step:
     left: int
     proposed: list[int]
     accepted: list[int]
+    salvage_proposed: list[int]
+    salvage_accepted: list[int]
     stats: list[list[float]] | None = None
     tokens: int = 0
-    rounds: dict[str, int] = field(default_factory=lambda: {VERIFY: 0, COLD: 0, SINGLE: 0})
+    rounds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     introspection: float = 0.0
     tried: int = 0
+    seen: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
 class IsdMetrics:
@@ -121,7 +132,9 @@ class IsdMetrics:
     """
 
     def __init__(self, max_drafts: int, labels: dict[str, str] | None):
-        self.totals = Totals(proposed=[0] * max_drafts, accepted=[0] * max_drafts)
+        self.totals = Totals(**{name: [0] * max_drafts for name in _BY_POSITION})
+        # Told of each step's rounds, as (drafts verified, accepted, whether they were survivors) per request.
+        self.on_step: Callable[[list[tuple[int, int, bool]]], None] | None = None
         self._warned = False
         self._step: _Step | None = None
         self._told = (0, 0, 0, 0)
@@ -136,7 +149,7 @@ class IsdMetrics:
         """A step's result has arrived; none of its tokens is appended yet."""
         k = len(self.totals.proposed)
         left = sum(not (req.finished() or req.is_retracted) for req in batch.reqs)
-        self._step = _Step([len(req.output_ids) for req in batch.reqs], left, [0] * k, [0] * k)
+        self._step = _Step([len(req.output_ids) for req in batch.reqs], left, *([0] * k for _ in _BY_POSITION))
 
     def row(self, req, result: IsdResult, i: int) -> None:
         """Row ``i`` of the step, its tokens appended and trimmed. SGLang leaves rows out that had already ended."""
@@ -150,17 +163,25 @@ class IsdMetrics:
         single = step.stats is None or result.limits[i] == 0
         count, run = (0, 0) if single else map(int, step.stats[i][:2])
         figures_of(req).add(tokens, count, run)
+        salvage = not single and step.stats[i][3] > 0
+        step.seen.append((count, run, salvage))
         if req.idlm_plan.reason != SELFCHECK:
-            self._count(step, single, tokens, count, run, step.stats[i][2] if count else 0.0)
+            kind = SINGLE if single else SALVAGE if salvage else VERIFY if count else COLD
+            self._count(step, kind, tokens, count, run, step.stats[i][2] if count else 0.0)
         step.left -= 1
         if step.left == 0:
             # Before the answers leave: who has one finds it counted.
             self.end()
 
     @staticmethod
-    def _count(step: _Step, single: bool, tokens: int, count: int, run: int, introspection: float) -> None:
+    def _count(step: _Step, kind: str, tokens: int, count: int, run: int, introspection: float) -> None:
         step.tokens += tokens
-        step.rounds[SINGLE if single else VERIFY if count else COLD] += 1
+        step.rounds[kind] += 1
+        if kind == SALVAGE:
+            for position in range(count):
+                step.salvage_proposed[position] += 1
+                step.salvage_accepted[position] += position < run
+            return
         for position in range(count):
             step.proposed[position] += 1
             step.accepted[position] += position < run
@@ -179,9 +200,9 @@ class IsdMetrics:
         totals.tried += step.tried
         for kind, n in step.rounds.items():
             totals.rounds[kind] += n
-        for i, (p, a) in enumerate(zip(step.proposed, step.accepted)):
-            totals.proposed[i] += p
-            totals.accepted[i] += a
+        for name in _BY_POSITION:
+            for i, n in enumerate(getattr(step, name)):
+                getattr(totals, name)[i] += n
         if series:
             series["tokens"].inc(step.tokens)
             series["forwards"].inc()
@@ -189,15 +210,18 @@ class IsdMetrics:
             series["introspection_count"].inc(step.tried)
             for kind, n in step.rounds.items():
                 series["rounds"][kind].inc(n)
-            for i, (p, a) in enumerate(zip(step.proposed, step.accepted)):
-                series["proposed"][i].inc(p)
-                series["accepted"][i].inc(a)
+            for name in _BY_POSITION:
+                for i, n in enumerate(getattr(step, name)):
+                    series[name][i].inc(n)
+        if self.on_step is not None:
+            self.on_step(step.seen)
         self._warn_when_nothing_is_accepted()
 
     def interval(self) -> tuple[int, int, int, int]:
         """Tokens, rounds, drafts proposed and drafts accepted since the last call."""
         t = self.totals
-        now = (t.tokens, sum(t.rounds.values()), sum(t.proposed), sum(t.accepted))
+        proposed, accepted = t.proposed + t.salvage_proposed, t.accepted + t.salvage_accepted
+        now = (t.tokens, sum(t.rounds.values()), sum(proposed), sum(accepted))
         since, self._told = tuple(a - b for a, b in zip(now, self._told)), now
         return since
 
@@ -224,20 +248,27 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
     def counter(name: str, text: str, extra: tuple[str, ...] = ()) -> Counter:
         return Counter(f"idlm:{name}", text, labelnames=[*names, *extra])
 
+    def by_position(series: Counter) -> list:
+        return [series.labels(**labels, position=str(i + 1)) for i in range(max_drafts)]
+
     tokens = counter("tokens_committed", "Tokens committed by decode forwards, after stops and limits.")
     forwards = counter("forwards", "Decode forwards of the engine, one for a whole batch.")
-    rounds = counter("rounds", "Per-request decode rounds: verify (had drafts), cold (had none), single (one token per step).", ("kind",))
+    rounds = counter("rounds", "Per-request decode rounds: verify (had drafts), salvage (had survivors), cold (had none), single (one token per step).", ("kind",))
     proposed = counter("drafts_proposed", "Drafts verified, by position behind the pending token.", ("position",))
     accepted = counter("drafts_accepted", "Drafts accepted, by position behind the pending token.", ("position",))
-    introspection_sum = counter("introspective_acceptance_sum", "Sum of min(1, p/q) over tried drafts.")
+    salvage_proposed = counter("salvage_proposed", "Survivors of rejections verified, by position behind the pending token.", ("position",))
+    salvage_accepted = counter("salvage_accepted", "Survivors of rejections accepted, by position behind the pending token.", ("position",))
+    introspection_sum = counter("introspective_acceptance_sum", "Sum of min(1, p/q) over tried drafts, survivors left out.")
     introspection_count = counter("introspective_acceptance_count", "Drafts tried: accepted ones and the first rejected one.")
     requests = requests_counter(labels)
     return {
         "tokens": tokens.labels(**labels),
         "forwards": forwards.labels(**labels),
-        "rounds": {kind: rounds.labels(**labels, kind=kind) for kind in (VERIFY, COLD, SINGLE)},
-        "proposed": [proposed.labels(**labels, position=str(i + 1)) for i in range(max_drafts)],
-        "accepted": [accepted.labels(**labels, position=str(i + 1)) for i in range(max_drafts)],
+        "rounds": {kind: rounds.labels(**labels, kind=kind) for kind in KINDS},
+        "proposed": by_position(proposed),
+        "accepted": by_position(accepted),
+        "salvage_proposed": by_position(salvage_proposed),
+        "salvage_accepted": by_position(salvage_accepted),
         "introspection_sum": introspection_sum.labels(**labels),
         "introspection_count": introspection_count.labels(**labels),
         "requests": requests,

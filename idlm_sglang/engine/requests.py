@@ -87,6 +87,7 @@ class BatchRows:
         limits_host: the limits as a list; drafts: K of this step, the largest of them.
         grammars: host list of the rows whose grammar is walked over the drafts.
         single_grammar: some grammar cannot be walked; its row decodes one token per step.
+        follows: some row has the server's stride, and no own.
         penalised: the penalised rows, or None.
     """
 
@@ -102,6 +103,7 @@ class BatchRows:
         self.coupled = packed[3].bool()
         self.limits_host = limits
         self.drafts = max(limits)
+        self.follows = any(plan.mode == STRIDED and plan.stride is None for plan in plans)
         self.grammars = [i for i, req in enumerate(reqs) if req.grammar is not None and settings.strided_grammars]
         self.single_grammar = not settings.strided_grammars and any(req.grammar is not None for req in reqs)
         self.penalised = penalised_rows(reqs, vocab, device)

@@ -49,8 +49,13 @@ class IsdDraftInput(SpecInput):
 
 @dataclass
 class IsdVerifyInput(DFlashVerifyInput):
-    """One step's verify forward: ``draft_token_num`` rows per request, a linear causal chain."""
+    """One step's verify forward: ``draft_token_num`` rows per request, causal.
 
+    Attributes:
+        new_visible: ``(B, W, W)`` bool, or None; False hides a new column from a new row, on top of causality. Read by backends that can.
+    """
+
+    new_visible: torch.Tensor | None = None
     capture_hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
 
 
@@ -59,8 +64,8 @@ class IsdResult(GenerationBatchResult):
     """A decode step's result with what the metrics need.
 
     Attributes:
-        round_stats: ``(B, 3)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q). It reaches the
-            host with the tokens, in the same asynchronous copy.
+        round_stats: ``(B, 4)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q), survivors among the drafts.
+            It reaches the host with the tokens, in the same asynchronous copy.
         limits: host list, the draft limit of each request in this step (0: one token per step).
     """
 

@@ -6,15 +6,22 @@ import torch
 
 from idlm_sglang.isd.propose import Proposal
 
+# Columns of the table in front of the drafts: their count, how many are no survivors, request number, length.
+_DRAFTS = 4
+
 
 @dataclass(frozen=True)
 class Carried:
-    """Drafts a batch brings into a step: ``drafts (B, K)``, ``counts (B,)``, ``log_q (B, K)``, ``q (B, K, V)`` or None."""
+    """Drafts a batch brings into a step: ``drafts (B, K)``, ``counts (B,)``, ``log_q (B, K)``, ``q (B, K, V)`` or None, ``clean (B,)``.
+
+    The first ``clean`` drafts are no survivors of a rejection.
+    """
 
     drafts: torch.Tensor
     counts: torch.Tensor
     log_q: torch.Tensor
     q: torch.Tensor | None
+    clean: torch.Tensor
 
 
 class SlotState:
@@ -31,11 +38,12 @@ class SlotState:
     """
 
     def __init__(self, slots: int, drafts: int, vocab: int, keep_q: bool, device):
-        self.drafts = torch.zeros(slots, drafts, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
+        # One table, so that a step reads and writes it in one operation each; the names are views of its columns.
+        self._table = torch.zeros(slots, _DRAFTS + drafts, dtype=torch.int64, device=device)
+        self.counts, self.clean_counts, self.numbers, self.lengths = self._table[:, :_DRAFTS].unbind(1)
+        self.lengths.fill_(-1)
+        self.drafts = self._table[:, _DRAFTS:]
         self.log_q = torch.zeros(slots, drafts, dtype=torch.float32, device=device)
-        self.numbers = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.lengths = torch.full((slots,), -1, dtype=torch.int64, device=device)
         self.q = torch.zeros(slots, drafts, vocab, dtype=torch.float32, device=device) if keep_q else None
 
     @staticmethod
@@ -55,18 +63,18 @@ class SlotState:
             k: drafts per request in this step (host).
             with_q: whether q is read.
         """
-        fits = (self.numbers[slots] == numbers) & (self.lengths[slots] == seq_lens)
-        counts = torch.where(fits, torch.minimum(self.counts[slots], limits), 0).clamp(max=k)
+        kept = self._table.index_select(0, slots)
+        counts, clean, owners, lengths = kept[:, :_DRAFTS].unbind(1)
+        fits = (owners == numbers) & (lengths == seq_lens)
+        counts = torch.where(fits, torch.minimum(counts, limits), 0).clamp(max=k)
         q = self.q[slots, :k] if with_q else None
-        return Carried(self.drafts[slots, :k], counts, self.log_q[slots, :k], q)
+        return Carried(kept[:, _DRAFTS : _DRAFTS + k], counts, self.log_q[slots, :k], q, torch.minimum(clean, counts))
 
     def store(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, proposal: Proposal) -> None:
         """Keep a step's proposal for the request ``numbers`` at its new length ``seq_lens`` (both ``(B,)``)."""
         k = proposal.drafts.shape[1]
-        self.drafts[slots, :k] = proposal.drafts
+        head = torch.stack([proposal.counts, proposal.clean, numbers, seq_lens.to(torch.int64)], dim=1)
+        self._table[slots, : _DRAFTS + k] = torch.cat([head, proposal.drafts], dim=1)
         self.log_q[slots, :k] = proposal.log_q
-        self.counts[slots] = proposal.counts
-        self.numbers[slots] = numbers
-        self.lengths[slots] = seq_lens.to(torch.int64)
         if proposal.q is not None:
             self.q[slots, :k] = proposal.q

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode, page_aligned_decode_alloc_lens
 
 from idlm_sglang.engine.requests import STRIDED
+from idlm_sglang.engine.reserve import columns
 from idlm_sglang.engine.transfer import on_device
 
 _ROWS = "idlm_masks_behind"
@@ -31,9 +32,10 @@ def reserve(batch) -> None:
     to requests whose prompt goes on in a later chunk.
     """
     setattr(batch, _ROWS, [])
-    plain = batch.input_embeds is None and not batch.return_logprob and not any(batch.multimodal_inputs or ())
+    prompt_logprobs = batch.return_logprob and any(s < n for s, n in zip(batch.extend_logprob_start_lens, batch.extend_lens))
+    plain = batch.input_embeds is None and not prompt_logprobs and not any(batch.multimodal_inputs or ())
     rows = [i for i, req in enumerate(batch.reqs) if _takes_masks(req)] if plain else []
-    if not rows:
+    if not rows or columns([batch.reqs[i] for i in rows], overlap=False) in (None, 1):
         return
     tree, allocator = batch.tree_cache, batch.token_to_kv_pool_allocator
     reqs = [batch.reqs[i] for i in rows]

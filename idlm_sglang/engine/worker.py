@@ -15,22 +15,32 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
-from idlm_sglang.config import REJECTION, SettingError, handed_down
+from idlm_sglang.config import AUTO, REJECTION, SettingError, handed_down
+from idlm_sglang.engine import reserve
 from idlm_sglang.engine.admission import plan_of
+from idlm_sglang.engine.calibrate import measure
+from idlm_sglang.engine.controller import StrideControl, agreed
 from idlm_sglang.engine.grammar import STRIDED_BACKENDS, GrammarStep
 from idlm_sglang.engine.metrics import IsdMetrics
 from idlm_sglang.engine.penalties import TokenCounts, penalised_rows, sampler_terms
-from idlm_sglang.engine.requests import BatchRows, server_seed
+from idlm_sglang.engine.requests import BatchRows, server_seed, stride_limit
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
 from idlm_sglang.engine.state import Carried, SlotState
+from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.engine.warm import rows_of, with_masks
-from idlm_sglang.isd import first_proposal, isd_step, step_positions, step_tokens
+from idlm_sglang.isd import BRANCH, OFF, first_proposal, isd_step, row_offsets, step_positions, step_tokens, visible_rows
+from idlm_sglang.isd.layout import drafts_in_front, forks
 from idlm_sglang.isd.penalties import penalise
-from idlm_sglang.isd.verify import valid_drafts
+from idlm_sglang.isd.stride import StepTimes, ladder
 from idlm_sglang.model import MaskFreeLogitsProcessor
 
 logger = logging.getLogger(__name__)
+
+# Seconds that measuring step times may take at start-up, or little more.
+_MEASURING = 5.0
+# Bytes that the float32 logits of a step may take at a stride that the controller chose; fixed ones are the operator's choice.
+_LOGITS = 2 << 30
 
 
 class IsdWorker(BaseSpecWorker):
@@ -51,11 +61,16 @@ class IsdWorker(BaseSpecWorker):
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.stride = self.settings.stride
+        self.auto = self.settings.auto
+        self.control: StrideControl | None = None
+        self._in_flight = 1
+        reserve.serve(self)
         self.server_seed = server_seed()
         self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
         if not isinstance(self.model_runner.model.logits_processor, MaskFreeLogitsProcessor):
             raise SettingError(f"the model was loaded as {type(self.model_runner.model).__name__}; allowed: {ARCHITECTURE}")
         self.vocab = self.model_runner.model_config.vocab_size
+        self._most_rows = _LOGITS // (4 * self.vocab)
         self.last_position = self.model_runner.model_config.context_len - 1
         self.state: SlotState | None = None
         self.counts: TokenCounts | None = None
@@ -65,6 +80,7 @@ class IsdWorker(BaseSpecWorker):
         if counts and get_observability().enable_metrics:
             labels = {"model_name": get_serving().served_model_name, "dp_rank": str(get_parallel().dp_rank or 0)}
         self.metrics = IsdMetrics(self.settings.max_stride - 1, labels) if counts else None
+        self.strides = StrideSeries(labels)
 
     # What SGLang asks of a speculative worker.
 
@@ -85,24 +101,63 @@ class IsdWorker(BaseSpecWorker):
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
         self.counts = TokenCounts(slots, self.vocab, self.device)
         logger.info(
-            "idlm: stride %d (up to %d), MASK %d, sampling rule %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
-            self.stride,
+            "idlm: stride %s (up to %d), MASK %d, sampling rule %s, salvage %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
+            AUTO if self.auto else self.stride,
             self.settings.max_stride,
             self.mask_id,
             self.settings.sampling_rule,
+            self.settings.salvage,
             SlotState.q_bytes(slots, drafts, self.vocab) / 2**20 if keep_q else 0.0,
             self.counts.counts.nbytes / 2**20,
             slots,
         )
 
     def init_cuda_graphs(self):
+        backend = self.model_runner.attn_backend
+        if self.settings.salvage == BRANCH and not getattr(backend, "hides_new_columns", False):
+            raise SettingError(f"IDLM_SALVAGE={BRANCH} cannot be served with the attention of {type(backend).__name__}; allowed: chain, off")
         if getattr(self.model_runner, "decode_cuda_graph_runner", None) is not None:
             raise SettingError("decode CUDA graphs are not supported with --speculative-algorithm ISD; allowed: --cuda-graph-backend-decode disabled")
 
+    def prewarm_sampling(self):
+        # The last thing before the pools are handed to the scheduler: everything a step needs is there.
+        result = super().prewarm_sampling()
+        if self.settings.auto:
+            strides = ladder(self.settings.max_stride)
+            largest = min(self.model_runner.max_running_requests, max(self._most_rows // self.settings.max_width, 1))
+            times = measure(self, strides, largest, _MEASURING)
+            totals = None if self.metrics is None else self.metrics.totals
+            self.control = StrideControl(StepTimes(times), strides, self.device == "cpu", get_parallel().tp_group, totals, self.settings.salvage != OFF)
+            if self.metrics is not None:
+                self.metrics.on_step = self.control.rounds
+        return result
+
     def set_stride(self, stride: int) -> None:
-        """Use another stride from the next step on; drafts in flight are kept as far as they fit."""
-        self.stride = stride
-        self._rows = None
+        """Use another stride from the next step on; drafts in flight are kept as far as they fit.
+
+        Not between a step's allocation and its forward: KV is reserved for the stride in use.
+        """
+        if stride != self.stride:
+            self.stride = stride
+            self._rows = None
+
+    def stride_for(self, requests: int) -> int:
+        """The stride of a step of that many requests: where the controller chose it, its logits fit. A batch may grow faster
+        than it decides."""
+        return max(min(self.stride, (self._most_rows // requests + 1) // 2), 1) if self.auto else self.stride
+
+    def agreed(self, value: int) -> int:
+        """The first tensor-parallel rank's ``value``, on all of them."""
+        return agreed(get_parallel().tp_group, value)
+
+    def columns_ahead(self, reqs, overlap: bool) -> int:
+        """KV columns that a decode step of ``reqs`` needs behind what is known to be committed.
+
+        Its own 2N - 1 rows; with the overlap schedule the step before it, whose result is not known yet, may commit up to
+        its stride. At stride 1 that is what SGLang allocates for AR.
+        """
+        drafts = max((stride_limit(plan_of(req, self.settings, self.server_seed), self.settings, self.stride) for req in reqs), default=0)
+        return 2 * drafts + 1 + (self._in_flight if overlap else 0)
 
     # One batch.
 
@@ -110,15 +165,41 @@ class IsdWorker(BaseSpecWorker):
         if self.device != "cpu":
             record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            if self.control is not None:
+                self.control.other()
             return self._extend(batch, on_publish)
+        return self._controlled(batch, on_publish)
+
+    def _controlled(self, batch, on_publish):
+        """A decode step, with the controller told of it; a change of stride is for the steps behind it."""
+        rows, control = self._batch_rows(batch), self.control
+        self._in_flight = rows.drafts + 1
+        self.strides.step(self._in_flight)
+        if control is None:
+            return self.decode(batch, on_publish)
+        if not (self.auto and rows.follows):
+            control.other()
+            return self.decode(batch, on_publish)
+        size = len(batch.reqs)
+        control.start(size, self._in_flight)
+        result = self.decode(batch, on_publish)
+        stride = control.end(size)
+        if stride is not None:
+            self.set_stride(stride)
+            self.strides.gains(*control.gains())
+        return result
+
+    def decode(self, batch, on_publish=None):
+        """One decode step at the stride in use."""
         rows = self._batch_rows(batch)
         return (self._strided_step if rows.drafts else self._single_step)(batch, rows, on_publish)
 
     def _batch_rows(self, batch) -> BatchRows:
         plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
-        key = (self.stride, *(plan.number for plan in plans))
+        stride = self.stride_for(len(plans))
+        key = (stride, *(plan.number for plan in plans))
         if self._rows is None or self._rows[0] != key:
-            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, self.stride, self.vocab, self.device))
+            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device))
         return self._rows[1]
 
     def _extend(self, batch, on_publish):
@@ -221,17 +302,30 @@ class IsdWorker(BaseSpecWorker):
             carried, failed = grammars.adjust(carried)
             self._abort(batch, failed)
         tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, self.mask_id)
-        positions = step_positions(committed, width)
-        batch.out_cache_loc = self.req_to_token[slots[:, None], positions].view(-1).to(torch.int64)
+        columns = positions = step_positions(committed, width)
+        seen, visible = forks(carried.clean, carried.counts, self.settings.salvage), None
+        if self.settings.salvage == BRANCH:
+            positions = committed[:, None] + row_offsets(carried.counts, seen, width)
+            visible = visible_rows(carried.counts, seen, width)
+        batch.out_cache_loc = self.req_to_token[slots[:, None], columns].view(-1).to(torch.int64)
         # Rows behind the context's end commit nothing; their positions only have to stay inside the rotary table.
-        verify = IsdVerifyInput(tokens.view(-1), positions.clamp(max=self.last_position).view(-1), width)
+        verify = IsdVerifyInput(tokens.view(-1), positions.clamp(max=self.last_position).view(-1), width, new_visible=visible)
         forward_batch, _ = verify.prepare_for_verify(batch, self._target_worker, defer_metadata_init=True)
         out = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
         logits = out.logits_output.next_token_logits.float().view(count, width, -1)
-        logits = self._with_request_terms(logits, batch, rows, carried, grammars)
+        logits = self._with_request_terms(logits, batch, rows, carried, seen, grammars)
         step = isd_step(
-            logits, carried.drafts, carried.counts, carried.log_q, carried.q, rows.limits, committed, rows.sampling(batch.sampling_info)
+            logits,
+            carried.drafts,
+            carried.counts,
+            carried.log_q,
+            carried.q,
+            rows.limits,
+            committed,
+            rows.sampling(batch.sampling_info),
+            seen,
+            self.settings.salvage != OFF,
         )
         self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
         if rows.penalised is not None:
@@ -241,11 +335,14 @@ class IsdWorker(BaseSpecWorker):
             compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)
         # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
         out.logits_output.next_token_logits = None
-        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection], dim=1)
+        survivors = (carried.counts - carried.clean).float()
+        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection, survivors], dim=1)
         limits = rows.limits_host
         return self._result(batch, out, step.tokens.view(-1), step.accept_lens, step.last, committed, k + 1, stats, limits, on_publish)
 
-    def _with_request_terms(self, logits: torch.Tensor, batch, rows: BatchRows, carried: Carried, grammars: GrammarStep | None) -> torch.Tensor:
+    def _with_request_terms(
+        self, logits: torch.Tensor, batch, rows: BatchRows, carried: Carried, seen: torch.Tensor, grammars: GrammarStep | None
+    ) -> torch.Tensor:
         """What the requests add to the logits ``(B, W, V)``, in the order of SGLang's sampler: penalties, grammar, bias, processors."""
         info = batch.sampling_info
         if rows.penalised is not None:
@@ -255,7 +352,7 @@ class IsdWorker(BaseSpecWorker):
                 rows.penalised.penalties,
                 self.counts.of(batch.req_pool_indices[index]),
                 carried.drafts[index],
-                valid_drafts(carried.counts[index], carried.drafts.shape[1]),
+                drafts_in_front(carried.counts[index], seen[index], carried.drafts.shape[1], logits.shape[1]),
                 batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
             )
         if grammars is not None:

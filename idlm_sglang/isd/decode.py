@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from idlm_sglang.isd.layout import step_tokens
+from idlm_sglang.isd.layout import OFF, forks, row_offsets, step_tokens, visible_rows
 from idlm_sglang.isd.step import isd_step
 from idlm_sglang.isd.target import SamplingRows
 
@@ -20,7 +20,7 @@ class Decoded:
     Attributes:
         tokens: committed token ids.
         forwards: decode forwards, the prefill not counted.
-        proposed, accepted: drafts verified and accepted, by position (index 0 is position 1).
+        proposed, accepted: drafts verified and accepted, by position (index 0 is position 1); survivors apart.
         introspection, tried: sum of min(1, p/q) over tried drafts, and their number.
     """
 
@@ -28,6 +28,8 @@ class Decoded:
     forwards: int = 0
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    salvage_proposed: list[int] = field(default_factory=list)
+    salvage_accepted: list[int] = field(default_factory=list)
     introspection: float = 0.0
     tried: int = 0
 
@@ -55,30 +57,41 @@ def one_row(temperature: float = 0.0, top_k: int = 1 << 30, top_p: float = 1.0, 
 
 @torch.no_grad()
 def decode(
-    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: Callable[..., torch.Tensor],
     prompt: list[int],
     stride: int,
     mask_id: int,
     rows: SamplingRows,
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
+    salvage: str = OFF,
 ) -> Decoded:
     """Decode one prompt at a fixed stride; stride 1 is plain autoregressive decoding.
 
     Args:
-        model: strictly causal; ``(tokens (1, T), positions (1, T)) -> logits (1, T, V)`` float32.
+        model: strictly causal; ``(tokens (1, T), positions (1, T)) -> logits (1, T, V)`` float32. A branch round adds a third
+            argument, ``visible (1, T, T)`` bool: causality holds where it is True, row i must not see column j where it is False.
         prompt: token ids.
         stride: N >= 1.
         mask_id: the MASK token; its logit is removed here.
         rows: parameters of this one request (see :func:`one_row`).
         max_tokens: most tokens to commit.
         stop_ids: end tokens.
+        salvage: what a rejection leaves: nothing (``off``), or survivors for a ``branch`` round or a ``chain``.
     """
     k = stride - 1
     committed = torch.tensor([prompt], dtype=torch.int64)
 
-    def last_rows(tokens: torch.Tensor, width: int) -> torch.Tensor:
-        logits = model(tokens, torch.arange(tokens.shape[1])[None])[:, -width:].to(torch.float32, copy=True)
+    def last_rows(tokens: torch.Tensor, width: int, *branch: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(tokens.shape[1])[None]
+        if branch and branch[1] < branch[0]:
+            positions[:, -width:] = positions[:, -width] + row_offsets(*branch, width)
+            visible = torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
+            visible[:, -width:, -width:] = visible_rows(*branch, width)
+            logits = model(tokens, positions, visible)
+        else:
+            logits = model(tokens, positions)
+        logits = logits[:, -width:].to(torch.float32, copy=True)
         logits[..., mask_id] = float("-inf")
         return logits
 
@@ -90,7 +103,8 @@ def decode(
     empty_q = torch.zeros(1, 0, vocab)
     zero = torch.zeros(1, dtype=torch.int64)
     first = isd_step(logits, drafts, counts, log_q, empty_q, zero, torch.tensor([len(prompt) - 1]), rows)
-    out = Decoded(tokens=[int(first.last)], proposed=[0] * k, accepted=[0] * k)
+    out = Decoded([int(first.last)], 0, *([0] * k for _ in range(4)))
+    clean = counts
     drafts = torch.zeros(1, k, dtype=torch.int64)
     log_q, q = torch.zeros(1, k), torch.zeros(1, k, vocab)
     limit = torch.tensor([k])
@@ -99,12 +113,13 @@ def decode(
         pending = torch.tensor([out.tokens[-1]])
         step = step_tokens(pending, drafts, counts, mask_id)
         seq_len = torch.tensor([committed.shape[1]])
-        logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1])
-        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows)
+        logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1], counts, forks(clean, counts, salvage))
+        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows, forks(clean, counts, salvage), salvage != OFF)
         valid, accepted = int(counts), int(result.accept_lens) - 1
+        linear = bool(clean == counts)
         for position in range(valid):
-            out.proposed[position] += 1
-            out.accepted[position] += position < accepted
+            (out.proposed if linear else out.salvage_proposed)[position] += 1
+            (out.accepted if linear else out.salvage_accepted)[position] += position < accepted
         out.forwards += 1
         out.introspection += float(result.introspection)
         out.tried += min(accepted + 1, valid)
@@ -114,6 +129,6 @@ def decode(
             out.tokens.append(token)
             if token in stop_ids or len(out.tokens) == max_tokens:
                 break
-        drafts, counts, log_q = result.proposal.drafts, result.proposal.counts, result.proposal.log_q
+        drafts, counts, clean, log_q = result.proposal.drafts, result.proposal.counts, result.proposal.clean, result.proposal.log_q
         q = result.proposal.q if result.proposal.q is not None else q
     return out

@@ -8,7 +8,7 @@ n(v) the count of token v, in SGLang's order:
     l(v) <- -inf                              for end tokens, while fewer than min_new tokens are out
     l(v) <- l(v) / repetition if l(v) >= 0, l(v) * repetition otherwise      where n(v) > 0
 
-MASK rows count all drafts of the step. They cannot count the tokens that will be drawn behind them; that is a matter
+MASK rows count the drafts of the step that they see. They cannot count the tokens that will be drawn behind them; that is a matter
 of q, which may be anything.
 """
 
@@ -59,16 +59,17 @@ def penalise(
     rows: PenaltyRows,
     counts: torch.Tensor,
     drafts: torch.Tensor,
-    valid: torch.Tensor,
+    in_front: torch.Tensor,
     first_index: torch.Tensor,
 ) -> torch.Tensor:
     """The penalised logits of one step.
 
     Args:
-        logits: ``(P, R, V)`` float32; row i has drafts 1..i in front of it.
+        logits: ``(P, R, V)`` float32.
         rows: the requests' penalties.
         counts: ``(P, V)`` integer, how often each token occurs in the output so far, the pending token included.
-        drafts: ``(P, K)`` int64, ``K < R``; valid: ``(P, K)`` bool, which of them are there.
+        drafts: ``(P, K)`` int64, ``K < R``; in_front: ``(P, R, K)`` bool, which of them stand in front of each row
+            (:func:`idlm_sglang.isd.layout.drafts_in_front`).
         first_index: ``(P,)`` int64, index in the output (from 0) of the token that row 0 predicts.
 
     Returns:
@@ -83,8 +84,7 @@ def penalise(
     if k:
         # Only the drafts' own columns differ from row to row. Equal drafts share a column and get equal values.
         column = drafts[:, None].expand(batch, n_rows, k)
-        same = (drafts[:, :, None] == drafts[:, None]) & valid[:, :, None]
-        in_front = torch.arange(n_rows, device=logits.device)[:, None] > torch.arange(k, device=logits.device)
+        same = drafts[:, :, None] == drafts[:, None]
         n = history.gather(1, drafts)[:, None] + in_front.to(torch.float32) @ same.to(torch.float32)
         value = logits.gather(2, column) + rows.additive(n)
         if rows.any_repetition:

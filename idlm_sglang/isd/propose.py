@@ -1,8 +1,27 @@
-"""The next drafts, from the MASK rows.
+"""The next drafts, and what survives a rejection.
 
-A draft may come from any distribution q so long as it is scored with exactly that q. Here q is the MASK row's own
-distribution under the request's parameters, and the draft is its Gumbel-max draw, with the noise of the row that will
-verify it (which the coupled rule needs, and the rejection rule permits: its acceptance draws are other streams).
+A draft may come from any distribution q so long as it is scored with exactly that q. Here q is a row's own
+distribution under the request's parameters, and the draft is its Gumbel-max draw, with the noise of the position that
+will verify it (which the coupled rule needs, and the rejection rule permits: its acceptance draws are other streams).
+
+**Which rows.** Every row of a forward draws a token for the position behind it. Along the *spine* (pending, drafts
+1..f, the MASK rows: rows at consecutive positions, each seeing those before it) entry s predicts the token at s + 1
+behind the pending one. A step that accepts j drafts commits up to position j + 1, so the next drafts are the draws of
+spine entries ``j + 1 .. j + K``, as far as the spine goes (f + K):
+
+- j >= f: all of them come from MASK rows that saw accepted drafts only. Of K MASK rows, K - (j - f) are still ahead;
+- j < f: they saw the rejected draft. The published algorithm drops them and takes a cold step; salvage keeps them as
+  *survivors*, K of them, for a branch round or a chain: entries j + 1 .. f are verifying rows (their draws saw more than the old
+  drafts of the same positions did, and replace them), the rest MASK rows.
+
+**Why it is exact.** Order everything drawn by position: the noise of position t is one draw per token and stream. A
+draft for t + 1 is made from the noise of t alone, given a q that is made from noise before t: of drafts in front of
+t + 1, committed tokens and the request's parameters. So given all that decided whether it is tried, it is a draw from
+q. This holds for survivors, whose q may depend on old drafts that are never tried: these are older in that order. What
+is kept depends on j, that is, on drafts that were tried, never on the value of one still to be tried.
+
+**Limits.** A request keeps min(its limit, what is ahead). A narrower stride or a lower limit cuts drafts from the end,
+a wider one adds none; what is clean stays so. Neither looks at values.
 """
 
 from dataclasses import dataclass
@@ -21,29 +40,51 @@ class Proposal:
         counts: ``(B,)`` int64, how many of them are valid.
         log_q: ``(B, K)`` float32, log q of each draft (0 for greedy requests).
         q: ``(B, K, V)`` float32, or None when no request of the batch uses the rejection rule.
+        clean: ``(B,)`` int64, how many of them are no survivors of a rejection: all or none.
     """
 
     drafts: torch.Tensor
     counts: torch.Tensor
     log_q: torch.Tensor
     q: torch.Tensor | None
+    clean: torch.Tensor
 
 
 def propose(
-    scores: torch.Tensor, chosen: torch.Tensor, greedy: torch.Tensor, standing: torch.Tensor, limits: torch.Tensor, keep_q: bool
+    scores: torch.Tensor | None,
+    chosen: torch.Tensor,
+    greedy: torch.Tensor,
+    run: torch.Tensor,
+    forks: torch.Tensor,
+    limits: torch.Tensor,
+    keep_q: bool,
+    salvage: bool,
 ) -> Proposal:
     """Drafts for the positions behind the token that this step commits last.
 
     Args:
-        scores: ``(B, K, V)`` log q of the MASK rows.
-        chosen: ``(B, K)`` int64, their draws.
+        scores: ``(B, 2K + 1, V)`` log q of the K + 1 verifying rows and the K MASK rows; None where every request is greedy.
+        chosen: ``(B, 2K + 1)`` int64, their draws.
         greedy: ``(B,)`` bool.
-        standing: ``(B,)`` bool: every draft of this step was accepted. Otherwise the MASK rows were conditioned on a
-            rejected token; the published algorithm drops them and takes a cold step next.
+        run: ``(B,)`` int64, accepted drafts j; forks: ``(B,)`` int64, f of this step.
         limits: ``(B,)`` integer, the most drafts each request may carry (its own stride minus one).
         keep_q: whether the full distributions are needed.
+        salvage: keep survivors; otherwise a request whose MASK rows saw a rejected draft takes a cold step next.
     """
-    k = chosen.shape[1]
-    log_q = torch.where(greedy[:, None], 0.0, take(scores, chosen))
-    counts = torch.where(standing, limits.to(torch.int64).clamp(max=k), 0)
-    return Proposal(chosen, counts, log_q, scores.exp() if keep_q else None)
+    k = chosen.shape[1] // 2
+    standing = run >= forks
+    ahead = k - (run - forks).clamp(min=0)
+    counts = torch.minimum(limits.to(torch.int64), ahead)
+    if salvage:
+        entry = run[:, None] + 1 + torch.arange(k, device=run.device)
+        # Entries behind the spine's end are not counted; they only have to be some row.
+        index = torch.where(entry <= forks[:, None], entry, entry - forks[:, None] + k).clamp(max=2 * k)
+        chosen = chosen.gather(1, index)
+        if scores is not None:
+            scores = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))
+    else:
+        chosen = chosen[:, k + 1 :]
+        scores = None if scores is None else scores[:, k + 1 :]
+        counts = torch.where(standing, counts, 0)
+    log_q = torch.zeros(chosen.shape, device=chosen.device) if scores is None else torch.where(greedy[:, None], 0.0, take(scores, chosen))
+    return Proposal(chosen, counts, log_q, scores.exp() if keep_q else None, torch.where(standing, counts, 0))

@@ -42,6 +42,8 @@ def isd_step(
     limits: torch.Tensor,
     seq_lens: torch.Tensor,
     rows: SamplingRows,
+    forks: torch.Tensor | None = None,
+    salvage: bool = False,
 ) -> StepOutcome:
     """Verify the drafts of a step and draw the next ones.
 
@@ -53,22 +55,27 @@ def isd_step(
         limits: ``(B,)`` integer, the most drafts each request may carry next.
         seq_lens: ``(B,)`` integer, position of row 0.
         rows: sampling parameters.
+        forks: ``(B,)`` integer, drafts that the MASK rows saw; None: all of them (a linear step).
+        salvage: a rejection leaves survivors (see :mod:`idlm_sglang.isd.propose`); otherwise a cold step follows it.
     """
     batch, width, vocab = logits.shape
     k = (width - 1) // 2
     counts = counts.to(torch.int64)
-    proposing = mask_rows(counts, k)
-    index = torch.cat([torch.arange(k + 1, device=logits.device).expand(batch, -1), proposing], dim=1)
-    scores = target_scores(logits.gather(1, index[..., None].expand(-1, -1, vocab)), rows)
-    positions = seq_lens.to(torch.int64)[:, None] + index
-
+    forks = counts if forks is None else forks.to(torch.int64)
+    verifying_rows = torch.arange(k + 1, device=logits.device).expand(batch, -1)
+    index = torch.cat([verifying_rows, mask_rows(counts, k)], dim=1)
     greedy = rows.greedy
     if rows.any_sampled:
+        scores = target_scores(logits.gather(1, index[..., None].expand(-1, -1, vocab)), rows)
+        positions = seq_lens.to(torch.int64)[:, None] + torch.cat([verifying_rows, mask_rows(forks, k)], dim=1)
         g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
         chosen = torch.where(greedy[:, None], scores.argmax(-1), (scores + g).argmax(-1))
+        verifying = scores[:, : k + 1]
     else:
-        chosen = scores.argmax(-1)
-    verifying, yielded = scores[:, : k + 1], chosen[:, : k + 1]
+        # Greedy requests need no more than the argmax, and of that a V-th has to be picked out.
+        scores = verifying = None
+        chosen = logits.argmax(-1).gather(1, index)
+    yielded = chosen[:, : k + 1]
 
     match = yielded[:, :k] == drafts
     accepted = match
@@ -106,7 +113,7 @@ def isd_step(
     # Where penalties and grammar together leave no token, p is not defined; the figure must stay a number.
     introspection = torch.where(tried, ratio.nan_to_num(0.0), 0.0).sum(1)
 
-    proposal = propose(scores[:, k + 1 :], chosen[:, k + 1 :], greedy, standing, limits, rows.any_rejection)
+    proposal = propose(scores, chosen, greedy, run, forks, limits, rows.any_rejection, salvage)
     return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)
 
 
@@ -126,5 +133,6 @@ def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.T
         positions = seq_lens.to(torch.int64)[:, None] + torch.arange(k, device=logits.device)
         g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
         chosen = torch.where(rows.greedy[:, None], chosen, (scores + g).argmax(-1))
-    standing = torch.ones_like(rows.greedy)
-    return propose(scores, chosen, rows.greedy, standing, limits, rows.any_rejection)
+    log_q = torch.where(rows.greedy[:, None], 0.0, take(scores, chosen))
+    counts = limits.to(torch.int64).clamp(max=k)
+    return Proposal(chosen, counts, log_q, scores.exp() if rows.any_rejection else None, counts)

@@ -15,6 +15,8 @@ class TiledAttnBackend(TorchNativeAttnBackend):
     Layers with a sliding window, cross attention, an encoder or unequal K and V widths keep the stock code.
     """
 
+    hides_new_columns = True  # a verify input's `new_visible` is heeded
+
     def __init__(self, model_runner) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
@@ -40,6 +42,8 @@ class TiledAttnBackend(TorchNativeAttnBackend):
             # seq_lens counts committed columns only; every request brings the same number of new rows.
             row_counts, prefix_lens = forward_batch.spec_info.num_tokens_per_req, seq_lens
             new_visible = getattr(forward_batch.spec_info, "new_visible", None)
+            if new_visible is not None and new_visible.all():
+                new_visible = None  # no request of this step is in a branch: the plain mask is cheaper
         else:
             prefix_lens, row_counts = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
             on_host = forward_batch.extend_seq_lens_cpu

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from idlm_sglang.config import DEFAULT_SELFCHECK, DEFAULT_STRIDE, MAX_STRIDE, SettingError
+from idlm_sglang.config import AUTO, AUTO_MAX_STRIDE, DEFAULT_SELFCHECK, DEFAULT_STRIDE, MAX_STRIDE, SettingError
 
 _DESCRIPTION = "Serve Introspective Diffusion Language Models (I-DLM) through SGLang, several tokens per forward."
 _EPILOG = "Run `idlm serve` alone for a first look: it serves a small embedded checkpoint, with or without a GPU."
@@ -57,13 +57,20 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"idlm: {message}; see {self.prog} --help\n")
 
+_MIGRATE_DESCRIPTION = """\
+Read the settings file of the published SGLang fork (--dllm-algorithm-config), and print the command that serves the
+same here. What is lossy there is named as dropped, with the reason; docs/migration.md has the whole table. All but the
+command is printed as comments of a shell: idlm migrate FILE > serve.sh
+
+exit code: 0, or 2 where the file cannot be read or a value has no meaning."""
+
 
 def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """The command's parser and that of `idlm serve`, which does not know SGLang's flags."""
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,bench,eval}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,migrate,bench,eval}")
 
     serve = commands.add_parser(
         "serve",
@@ -75,11 +82,12 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         allow_abbrev=False,
     )
     option = serve.add_argument
-    option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE} (default {DEFAULT_STRIDE})")
-    option("--max-stride", metavar="N", help="the largest stride a request may ask for; memory is reserved for it (default: the stride)")
+    option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE}, or {AUTO}: the fastest, step by step (default {DEFAULT_STRIDE})")
+    option("--max-stride", metavar="N", help=f"the largest stride that {AUTO} may choose and a request ask for (default: the stride; {AUTO_MAX_STRIDE} with {AUTO})")
     option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
     option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")
+    option("--salvage", metavar="MODE", help="what a rejection leaves for the next step: auto (default), branch, chain or off")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
     option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")
@@ -98,6 +106,12 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     replay.add_argument("--url", default="http://127.0.0.1:30000", help="the server to ask (default http://127.0.0.1:30000)")
     replay.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
     replay.add_argument("--clients", metavar="N", default="4", help="requests at a time (default 4)")
+
+    migrate = commands.add_parser(
+        "migrate", help="the published fork's settings as our command line", description=_MIGRATE_DESCRIPTION, formatter_class=style, allow_abbrev=False
+    )
+    migrate.add_argument("file", metavar="CONFIG.yaml", help="the fork's settings")
+    migrate.add_argument("--model", metavar="MODEL", default="MODEL", help="the checkpoint to name in the command (default: the word MODEL)")
     # Listed for the help alone: what follows is read by the commands' own modules.
     commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
     commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
@@ -132,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from idlm_sglang.serving.replay import run
 
         return run(own.file, own.url, own.api_key or os.environ.get("API_KEY"), own.clients)
+    if own.command == "migrate":
+        from idlm_sglang.serving.migrate import run
+
+        return run(own.file, own.model)
     top.print_help()
     return 0 if not words else 2
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, COUPLED, MAX_STRIDE, REJECTION, SettingError, share, whole_number
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR
 
 DEFAULT_HOST = "127.0.0.1"
@@ -174,7 +174,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     algorithm = words.value(_ALGORITHM)
     if own.ar and algorithm is not None:
         raise SettingError(f"--ar and {_ALGORITHM} {algorithm} were both given; allowed: one of them")
-    strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule, "--selfcheck": own.selfcheck}
+    strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule}
+    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage}
     for flag, value in strided.items():
         if value is None:
             continue
@@ -183,16 +184,21 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         if algorithm is not None and algorithm.upper() != ALGORITHM:
             raise SettingError(f"{flag} {value} has no meaning with {_ALGORITHM} {algorithm}; allowed: only with {ALGORITHM}")
 
-    stride = integer("--stride", own.stride, 1, MAX_STRIDE)
+    stride = None if own.stride is None else stride_or_auto(f"--stride {own.stride}", own.stride)
+    auto = own.stride is not None and stride is None
     top = integer("--max-stride", own.max_stride, 1, MAX_STRIDE)
     integer("--mask-token-id", own.mask_token_id, 0, None)
     if own.sampling_rule not in (None, REJECTION, COUPLED):
         raise SettingError(f"--sampling-rule {own.sampling_rule} is not known; allowed: {COUPLED}, {REJECTION}")
+    if own.salvage not in (None, *SALVAGE):
+        raise SettingError(f"--salvage {own.salvage} is not known; allowed: {', '.join(SALVAGE)}")
     if own.selfcheck is not None:
         share(f"--selfcheck {own.selfcheck}", own.selfcheck)
     if stride is not None and top is not None and top < stride:
         raise SettingError(f"--max-stride {top} is below --stride {stride}; allowed: {stride} to {MAX_STRIDE}")
     steps = words.value(_STEPS)
+    if auto and steps is not None:
+        raise SettingError(f"--stride {AUTO} and {_STEPS} {steps} were both given; allowed: one of them")
     if stride is not None and steps is not None and steps != str(stride - 1):
         raise SettingError(f"--stride {stride} and {_STEPS} {steps} disagree; allowed: {_STEPS} {stride - 1}, or leave it out")
 
@@ -202,6 +208,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_MASK_TOKEN_ID": ("--mask-token-id", own.mask_token_id),
         "IDLM_SAMPLING_RULE": ("--sampling-rule", own.sampling_rule),
         "IDLM_SELFCHECK": ("--selfcheck", own.selfcheck),
+        "IDLM_SALVAGE": ("--salvage", own.salvage),
     }
     given = {name: pair for name, pair in typed.items() if pair[1] is not None}
     return {name: value for name, (_, value) in given.items()}, {name: flag for name, (flag, _) in given.items()}

@@ -102,6 +102,7 @@ def describe(server_args: Any) -> dict[str, Any]:
         "mask": mask,
         "algorithm": cfg.speculative_algorithm,
         "stride": settings.stride if strided else None,
+        "auto": strided and settings.auto,
         "max_stride": settings.max_stride if strided else None,
         "rule": settings.sampling_rule if strided else None,
         "concurrency": cfg.max_running_requests,

@@ -64,6 +64,8 @@ def _decoding(resolved: dict[str, Any]) -> str:
         return f"{resolved['algorithm']}" if resolved["algorithm"] else "autoregressive, one token per forward (--ar)"
     if resolved["max_stride"] == 1:
         return "stride 1: one token per forward"
+    if resolved["auto"]:
+        return f"stride auto: 1 to {resolved['max_stride']} tokens per forward, whichever is fastest; sampling rule {resolved['rule']}"
     more = f", requests may ask for up to {resolved['max_stride']}" if resolved["max_stride"] > stride else ""
     return f"stride {stride}: up to {stride} tokens per forward of {2 * stride - 1} rows{more}; sampling rule {resolved['rule']}"
 

@@ -16,6 +16,7 @@ from idlm_sglang.demo import CHECKPOINT_DIR
         ("ar", Arm("ar", AR)),
         ("isd", Arm("isd", ISD, 4)),
         ("isd:8", Arm("isd:8", ISD, 8)),
+        ("isd:auto", Arm("isd:auto", ISD, "auto")),
         ("again=ar", Arm("again", AR)),
         ("ngram=stock --speculative-algorithm NGRAM", Arm("ngram", STOCK, flags=("--speculative-algorithm", "NGRAM"))),
         ("rule=isd:2 --sampling-rule rejection", Arm("rule", ISD, 2, ("--sampling-rule", "rejection"))),

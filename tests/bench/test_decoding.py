@@ -5,8 +5,9 @@ import pytest
 from idlm_sglang.bench.decoding import Counts, decoding
 
 
-def scrape(verify, cold, tokens, accepted, proposed, rank="0"):
-    lines = ["# TYPE idlm:rounds counter", f'idlm:rounds_total{{kind="verify",dp_rank="{rank}"}} {verify}', f'idlm:rounds_total{{kind="cold",dp_rank="{rank}"}} {cold}']
+def scrape(verify, cold, tokens, accepted, proposed, rank="0", salvage=0):
+    kinds = {"verify": verify, "salvage": salvage, "cold": cold}
+    lines = ["# TYPE idlm:rounds counter"] + [f'idlm:rounds_total{{kind="{kind}",dp_rank="{rank}"}} {n}' for kind, n in kinds.items()]
     lines += ["# TYPE idlm:tokens_committed counter", f'idlm:tokens_committed_total{{dp_rank="{rank}"}} {tokens}']
     for name, values in (("accepted", accepted), ("proposed", proposed)):
         lines += [f"# TYPE idlm:drafts_{name} counter"] + [f'idlm:drafts_{name}_total{{dp_rank="{rank}",position="{i}"}} {v}' for i, v in enumerate(values, 1)]
@@ -22,10 +23,26 @@ def test_what_came_before_the_point_does_not_count():
     assert found.accepted == (76, 70, 60) and found.proposed == (80, 80, 80) and found.cold == 0.2
 
 
+def test_rounds_with_survivors_are_forwards_too():
+    found = decoding(Counts(scrape(80, 10, 300, [76], [80], salvage=10)), 30, 2, "ISD", 3)
+    assert found.tokens_per_forward == 300 / 100 and found.cold == 0.1 and found.accepted == (76,)
+
+
 def test_ranks_are_added_up():
     text = scrape(10, 0, 30, [9], [10]) + scrape(30, 10, 70, [20], [30], rank="1").replace("# TYPE", "# HELP")
     found = decoding(Counts(text), 10, 2, "ISD", 3)
     assert found.tokens_per_forward == 100 / 50 and found.accepted == (29,)
+
+
+def test_where_the_stride_changed_the_rows_of_a_round_are_a_mean_and_positions_those_that_were_used():
+    def strided(three, six, stride):
+        steps = ["# TYPE idlm:steps counter", f'idlm:steps_total{{stride="3"}} {three}', f'idlm:steps_total{{stride="6"}} {six}', 'idlm:steps_total{stride="8"} 5']
+        return "\n".join([*steps, "# TYPE idlm:stride gauge", f"idlm:stride {stride}"]) + "\n"
+
+    before = Counts(scrape(0, 0, 0, [0] * 7, [0] * 7) + strided(10, 10, 8))
+    behind = Counts(scrape(80, 20, 300, [70] * 7, [80] * 7) + strided(20, 40, 3))
+    found = decoding(behind.since(before), 30, 3, "ISD", 15)
+    assert found.queries == (10 * 5 + 30 * 11) / 40 and len(found.proposed) == 5
 
 
 def test_ar_is_one_token_per_forward_by_definition():

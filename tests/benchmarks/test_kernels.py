@@ -55,7 +55,7 @@ BROKEN = {
     "propose": (propose, "propose", lambda op: lambda *args: replace(op(*args), drafts=op(*args).drafts + 1)),
     "step": (step, "isd_step", lambda op: lambda *args: replace(op(*args), last=op(*args).last + 1)),
     "sampler": (sampler, "target_scores", untruncated),
-    "penalties": (penalties, "penalise", lambda op: lambda a, b, c, d, valid, *rest: op(a, b, c, d, torch.zeros_like(valid), *rest)),
+    "penalties": (penalties, "penalise", lambda op: lambda a, b, c, d, in_front, *rest: op(a, b, c, d, torch.zeros_like(in_front), *rest)),
     "grammar": (GrammarStep, "apply", lambda op: lambda self, logits: None),
     "state": (state, "step_tokens", lambda op: lambda pending, drafts, counts, mask: op(pending, drafts, counts * 0 + 1, mask)),
     "page_table": (page_table, "assign_req_to_token", lambda op: lambda a, b, start, end, *rest: op(a, b, start + 1, end + 1, *rest)),

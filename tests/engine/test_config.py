@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from idlm_sglang import config
 from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, read_settings
+from idlm_sglang.isd import layout
 
 
 def test_defaults():
-    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001)
+    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001, salvage="auto")
 
 
 def test_environment_and_flag():
@@ -21,13 +24,21 @@ def test_environment_and_flag():
     assert [read_settings(environ={"IDLM_SELFCHECK": text}).selfcheck for text in ("0", "1", "0.25", "1e-4")] == [0, 1, 0.25, 1e-4]
 
 
+def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
+    assert read_settings(environ={"IDLM_STRIDE": "auto"}) == Settings(4, 8, auto=True)
+    assert read_settings(environ={"IDLM_STRIDE": "AUTO", "IDLM_MAX_STRIDE": "12"}) == Settings(4, 12, auto=True)
+    assert read_settings(environ={"IDLM_STRIDE": "auto", "IDLM_MAX_STRIDE": "2"}) == Settings(2, 2, auto=True)
+
+
 @pytest.mark.parametrize(
     "steps, env, words",
     [
         (None, {"IDLM_STRIDE": "0"}, ["IDLM_STRIDE", "'0'", "1 to 16"]),
         (None, {"IDLM_STRIDE": "17"}, ["IDLM_STRIDE", "'17'", "1 to 16"]),
         (None, {"IDLM_STRIDE": "four"}, ["IDLM_STRIDE", "'four'", "1 to 16"]),
-        (None, {"IDLM_STRIDE": ""}, ["IDLM_STRIDE", "''"]),
+        (None, {"IDLM_STRIDE": ""}, ["IDLM_STRIDE", "''", "or auto"]),
+        (3, {"IDLM_STRIDE": "auto"}, ["IDLM_STRIDE=auto", "--speculative-num-steps 3", "disagree"]),
+        (None, {"IDLM_STRIDE": "auto", "IDLM_MAX_STRIDE": "0"}, ["IDLM_MAX_STRIDE", "'0'", "1 to 16"]),
         (16, {}, ["--speculative-num-steps", "16", "0 to 15"]),
         (-1, {}, ["--speculative-num-steps", "-1", "0 to 15"]),
         (3, {"IDLM_STRIDE": "8"}, ["IDLM_STRIDE=8", "--speculative-num-steps 3", "disagree"]),
@@ -38,6 +49,7 @@ def test_environment_and_flag():
         (None, {"IDLM_SELFCHECK": "-0.1"}, ["IDLM_SELFCHECK", "'-0.1'"]),
         (None, {"IDLM_SELFCHECK": "nan"}, ["IDLM_SELFCHECK", "'nan'"]),
         (None, {"IDLM_SELFCHECK": "often"}, ["IDLM_SELFCHECK", "'often'"]),
+        (None, {"IDLM_SALVAGE": "on"}, ["IDLM_SALVAGE", "'on'", "auto, branch, chain, off"]),
         (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),
     ],
 )
@@ -61,3 +73,20 @@ def test_settings_reach_the_processes_that_inherit_the_environment(monkeypatch):
     monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
     hand_down(Settings(2, 8, 5, "rejection"))
     assert handed_down() == Settings(2, 8, 5, "rejection")
+
+
+def test_a_branch_needs_a_backend_that_hides_columns():
+    from idlm_sglang.engine.algorithm import resolve_salvage
+
+    def args(attention, decode=None):
+        return SimpleNamespace(attention_backend=attention, prefill_attention_backend=None, decode_attention_backend=decode)
+
+    assert resolve_salvage("auto", args("torch_native")) == resolve_salvage("branch", args("torch_native")) == "branch"
+    for backend in (args("triton"), args("flashinfer"), args("torch_native", "triton")):
+        assert resolve_salvage("auto", backend) == "off" and resolve_salvage("chain", backend) == "chain"
+        with pytest.raises(SettingError, match="IDLM_SALVAGE=branch cannot be served with --attention-backend (triton|flashinfer).*allowed: auto, chain, off"):
+            resolve_salvage("branch", backend)
+
+
+def test_the_settings_of_the_server_are_the_policies_of_the_algorithm():
+    assert (config.BRANCH, config.CHAIN, config.OFF) == (layout.BRANCH, layout.CHAIN, layout.OFF)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from idlm_sglang.demo import CHECKPOINT_DIR
-from idlm_sglang.engine.grammar import allows, only_token, walk
+from idlm_sglang.engine.grammar import Walk, _clean, allows, only_token, walk
 
 MASK = 3
 
@@ -151,3 +151,12 @@ def test_a_grammar_held_back_until_thinking_ends_is_walked_and_restored(build, t
         grammar.accept_token(token)
     found, words = walked(grammar, [a, comma], 5, tokenizer)
     assert found.drafts == [a] and not allows(words[0], comma)
+
+
+def test_survivors_that_the_grammar_forces_are_none_any_more():
+    """(drafts, forced, count before, clean before) to what the MASK rows may build on."""
+    assert _clean(Walk([5, 6], [False, False]), 3, 3) == 2, "a cut linear round stays linear"
+    assert _clean(Walk([5, 6, 7], [True, True, False]), 0, 0) == 3, "forced drafts in a cold step"
+    assert _clean(Walk([5, 6, 7], [False, True, True]), 3, 0) == 0, "behind a survivor nothing is certain"
+    assert _clean(Walk([5, 6, 7], [True, True, False]), 3, 0) == 2
+    assert _clean(Walk([], []), 3, 0) == 0

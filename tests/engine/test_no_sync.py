@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from idlm_sglang.config import Settings
+from idlm_sglang.config import BRANCH, CHAIN, OFF, Settings
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.state import SlotState
@@ -20,10 +20,10 @@ from idlm_sglang.isd.penalties import PenaltyRows
 SLOTS, COLUMNS, VOCAB, K, BATCH = 9, 64, 50, 3, 4
 
 
-def fake_worker(device, logits):
+def fake_worker(device, logits, salvage):
     worker = IsdWorker.__new__(IsdWorker)
     worker.device, worker.mask_id, worker.vocab, worker.last_position = device, 3, VOCAB, COLUMNS - 1
-    worker.settings = Settings(stride=K + 1, max_stride=K + 1)
+    worker.settings = Settings(stride=K + 1, max_stride=K + 1, salvage=salvage)
     worker.state = SlotState(SLOTS, K, VOCAB, True, device)
     worker.counts = TokenCounts(SLOTS, VOCAB, device)
     worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
@@ -81,20 +81,21 @@ def fake_batch(device):
     )
 
 
-def step(device, rejection, monkeypatch):
+def step(device, rejection, monkeypatch, salvage=OFF):
     monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
     with FakeTensorMode(allow_non_fake_inputs=False):
-        worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device))
+        worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device), salvage)
         published = []
         result = worker._strided_step(fake_batch(device), fake_rows(device, rejection), published.append)
     return result, published
 
 
 @pytest.mark.parametrize("rejection", [True, False])
+@pytest.mark.parametrize("salvage", [OFF, BRANCH, CHAIN])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_strided_step_reads_nothing_back(device, rejection, monkeypatch):
-    result, published = step(device, rejection, monkeypatch)
-    assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.round_stats.shape == (BATCH, 3)
+def test_a_strided_step_reads_nothing_back(device, salvage, rejection, monkeypatch):
+    result, published = step(device, rejection, monkeypatch, salvage)
+    assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.round_stats.shape == (BATCH, 4)
     assert len(published) == 1, "the new lengths are published once per forward"
     assert result.next_token_ids.device.type == device
 

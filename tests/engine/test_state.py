@@ -8,11 +8,12 @@ from idlm_sglang.isd.propose import Proposal
 V, K = 7, 3
 
 
-def proposal(batch, k=K, counts=None, fill=1):
+def proposal(batch, k=K, counts=None, fill=1, clean=None):
     g = torch.Generator().manual_seed(fill)
     drafts = torch.randint(0, V, (batch, k), generator=g)
     q = torch.rand(batch, k, V, generator=g)
-    return Proposal(drafts, torch.full((batch,), k) if counts is None else torch.tensor(counts), torch.rand(batch, k, generator=g), q)
+    counts = torch.full((batch,), k) if counts is None else torch.tensor(counts)
+    return Proposal(drafts, counts, torch.rand(batch, k, generator=g), q, counts if clean is None else torch.tensor(clean))
 
 
 def make():
@@ -51,3 +52,17 @@ def test_narrowing_is_a_truncation_and_widening_keeps_what_is_there():
     assert load(state, [1, 2], [11, 12], [10, 10], limits=[0, 3]).counts.tolist() == [0, 2]
     state.store(torch.tensor([1]), torch.tensor([11]), torch.tensor([12]), proposal(1, k=1))
     assert load(state, [1], [11], [12]).counts.tolist() == [1]
+
+
+def test_survivors_stay_survivors_and_clean_drafts_clean_when_drafts_are_cut():
+    """What is clean travels under the same stamp."""
+    state, everyone = make(), ([1, 2, 3], [11, 12, 13], [10, 10, 10])
+    state.store(*map(torch.tensor, everyone), proposal(3, counts=[3, 3, 3], clean=[0, 2, 3]))
+    assert load(state, *everyone).clean.tolist() == [0, 2, 3]
+    for k in (2, 1):
+        back = load(state, *everyone, k=k)
+        assert back.counts.tolist() == [k] * 3 and back.clean.tolist() == [0, k, k]
+    assert load(state, *everyone, limits=[1, 3, 2]).clean.tolist() == [0, 2, 2]
+    assert load(state, [1, 2, 3], [99, 12, 13], [10, 11, 10]).clean.tolist() == [0, 0, 3]
+    state.store(*map(torch.tensor, ([1], [11], [14])), proposal(1, counts=[2]))
+    assert load(state, [1], [11], [14]).clean.tolist() == [2], "a linear proposal replaces a branch"

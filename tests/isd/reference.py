@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from idlm_sglang.isd import SamplingRows, StepOutcome, isd_step, step_tokens
+from idlm_sglang.isd import OFF as DROPPED
+from idlm_sglang.isd import SamplingRows, StepOutcome, isd_step, layout, step_tokens
 
 OFF = 1 << 30
 NEG = float("-inf")
@@ -110,10 +111,27 @@ class Tabular:
         """``(B, order - 1 + W)`` tokens to ``(B, W, vocab + 1)``."""
         return self.table[(tokens.unfold(1, self.order, 1) * self.powers).sum(-1)]
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def step_logits(self, window, pending, drafts, counts, forks) -> torch.Tensor:
+        """``(B, W, vocab + 1)`` of one step, a branch written out: MASK rows behind the first ``forks`` drafts, as if there were no others."""
+        k = drafts.shape[1]
+        chain = self.logits(torch.cat([window, step_tokens(pending, drafts, counts, self.mask)], dim=1))
+        ahead = self.logits(torch.cat([window, step_tokens(pending, drafts, forks, self.mask)], dim=1))
+        row = torch.arange(2 * k + 1)
+        index = torch.where(row > counts[:, None], row - (counts - forks)[:, None], row)
+        masked = ahead.gather(1, index[..., None].expand_as(ahead))
+        return torch.where((row > counts[:, None])[..., None], masked, chain)
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """The calling form of :func:`idlm_sglang.isd.decode.decode`: every row, contexts filled up with token 0."""
-        assert torch.equal(positions, torch.arange(tokens.shape[1])[None])
-        return self.logits(torch.nn.functional.pad(tokens, (self.order - 1, 0)))
+        if visible is None:
+            assert torch.equal(positions, torch.arange(tokens.shape[1])[None])
+            return self.logits(torch.nn.functional.pad(tokens, (self.order - 1, 0)))
+        rows = []
+        for i in range(tokens.shape[1]):
+            seen = tokens[0, : i + 1][visible[0, i, : i + 1]]
+            assert positions[0, i] == len(seen) - 1, "a row stands behind what it sees"
+            rows.append(self.logits(torch.nn.functional.pad(seen[None], (self.order - 1, 0)))[:, -1])
+        return torch.stack(rows, dim=1)
 
     def law(self, params: Params, length: int) -> np.ndarray:
         """Probability of every sequence of ``length`` tokens under plain AR, in base-``vocab`` order."""
@@ -129,10 +147,11 @@ class Tabular:
 
 @dataclass
 class Emitted:
-    """``tokens`` ``(B, length)`` and, over all steps that counted, ``forwards`` per request."""
+    """``tokens`` ``(B, length)`` and, over all steps that counted, ``forwards`` and drafts ``salvaged`` (survivors accepted) per request."""
 
     tokens: torch.Tensor
     forwards: torch.Tensor
+    salvaged: torch.Tensor
 
 
 @torch.no_grad()
@@ -143,6 +162,7 @@ def emit(
     strides: int | Iterable[int],
     limits: Callable[[int, int], torch.Tensor] | None = None,
     survivors: Callable[[StepOutcome], torch.Tensor] | None = None,
+    salvage: str = DROPPED,
 ) -> Emitted:
     """Run ISD on the model's prompt for every request of ``rows`` until each has ``length`` tokens.
 
@@ -150,6 +170,7 @@ def emit(
         strides: the stride of all steps, or one per step.
         limits: ``(batch, k)`` to the ``(B,)`` limits of a step; k everywhere without it.
         survivors: outcome of a step to the number of drafts kept from it; all without it.
+        salvage: what a rejection leaves.
     """
     batch = len(rows.seed)
     prompt = torch.tensor(model.prompt).repeat(batch, 1)
@@ -165,7 +186,7 @@ def emit(
     first = isd_step(model.logits(prompt), *none, zero, seq_lens - 1, rows)
     out = torch.cat([first.last[:, None], torch.zeros(batch, length, dtype=torch.int64)], dim=1)
     filled = torch.ones_like(zero)
-    forwards = torch.zeros_like(zero)
+    forwards, salvaged = torch.zeros_like(zero), torch.zeros_like(zero)
     pending, proposal, counts = first.last, first.proposal, zero
     for stride in repeat(strides) if isinstance(strides, int) else strides:
         if int(filled.min()) >= length:
@@ -174,9 +195,13 @@ def emit(
         k = stride - 1
         drafts, log_q, q = (fit(part, k) for part in (proposal.drafts, proposal.log_q, proposal.q))
         counts = counts.clamp(max=k)
+        clean = torch.minimum(proposal.clean, counts)
+        forks = layout.forks(clean, counts, salvage)
         sequence = torch.cat([window, step_tokens(pending, drafts, counts, model.mask)], dim=1)
         bounds = torch.full((batch,), k) if limits is None else limits(batch, k)
-        result = isd_step(model.logits(sequence), drafts, counts, log_q, q, bounds, seq_lens, rows)
+        logits = model.step_logits(window, pending, drafts, counts, forks)
+        result = isd_step(logits, drafts, counts, log_q, q, bounds, seq_lens, rows, forks, salvage != DROPPED)
+        salvaged += (result.accept_lens - 1) * (clean < counts) * (filled < length)
         column = torch.arange(stride)
         place = filled[:, None] + column
         place = torch.where((column < result.accept_lens[:, None]) & (place < length), place, length)
@@ -187,7 +212,7 @@ def emit(
         pending, proposal = result.last, result.proposal
         counts = proposal.counts if survivors is None else survivors(result)
     assert int(filled.min()) >= length, "too few strides"
-    return Emitted(out[:, :length], forwards)
+    return Emitted(out[:, :length], forwards, salvaged)
 
 
 def fit(part: torch.Tensor | None, k: int) -> torch.Tensor | None:

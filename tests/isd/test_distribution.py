@@ -168,7 +168,7 @@ def q_at_the_wrong_temperature(patch):
 
     def wrong(scores, *rest):
         exact = propose.propose(scores, *rest)
-        return propose.Proposal(exact.drafts, exact.counts, exact.log_q, torch.softmax(scores * 2, dim=-1))
+        return replace(exact, q=torch.softmax(exact.q.log() * 2, dim=-1))
 
     patch(step, "propose", wrong)
 

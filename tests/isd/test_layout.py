@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm_sglang.isd.layout import mask_rows, step_positions, step_tokens
+from idlm_sglang.isd.layout import drafts_in_front, mask_rows, row_offsets, step_positions, step_tokens, visible_rows
 
 MASK = 99
 
@@ -52,6 +52,22 @@ def test_a_drafts_mask_row_and_verifying_row_have_the_same_position():
         drawn_at = step_positions(seq_lens, 2 * k + 1).gather(1, mask_rows(counts, k))
         verified_at = step_positions(seq_lens + counts + 1, 2 * k + 1)[:, :k]
         assert torch.equal(drawn_at, verified_at)
+
+
+def test_every_row_of_a_branch_sees_a_text_without_a_gap_up_to_its_own_position():
+    """For every count and fork: what a row sees stands at positions 0, 1, .. up to its own, each once."""
+    for k in range(1, 5):
+        width = 2 * k + 1
+        for count in range(k + 1):
+            for fork in range(count + 1):
+                c, f = torch.tensor([count]), torch.tensor([fork])
+                offsets, visible = row_offsets(c, f, width)[0], visible_rows(c, f, width)[0].tril()
+                for i in range(width):
+                    assert offsets[visible[i]].tolist() == list(range(int(offsets[i]) + 1))
+                assert offsets[: count + 1].tolist() == list(range(count + 1)), "drafts stand where a linear step has them"
+                assert offsets[mask_rows(c, k)[0]].tolist() == list(range(fork + 1, fork + k + 1))
+                assert torch.equal(drafts_in_front(c, f, k, width)[0], visible[:, 1 : k + 1] & (torch.arange(1, k + 1) <= count) & (torch.arange(width)[:, None] >= torch.arange(1, k + 1)))
+                assert visible.equal(torch.ones_like(visible).tril()) == (fork == count)
 
 
 def test_stride_one_is_a_single_row():

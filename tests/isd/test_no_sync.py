@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from idlm_sglang.isd import SamplingRows, isd_step, noise, step, step_positions, step_tokens, target_scores, verify
+from idlm_sglang.isd import SamplingRows, isd_step, noise, row_offsets, step, step_positions, step_tokens, target_scores, verify, visible_rows
 
 VOCAB = 32
 FLAGS = [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)]
@@ -24,7 +24,7 @@ def rows(batch: int, device: str, flags: tuple[bool, bool, bool]) -> SamplingRow
     )
 
 
-def whole_step(batch: int, k: int, device: str, flags: tuple[bool, bool, bool], small: torch.dtype = torch.int32):
+def whole_step(batch: int, k: int, device: str, flags: tuple[bool, bool, bool], salvage: bool = False, small: torch.dtype = torch.int32):
     """Everything between two forwards, on tensors without data."""
     with FakeTensorMode():
         ints = lambda *shape, dtype=torch.int64: torch.empty(shape, dtype=dtype, device=device)
@@ -33,18 +33,20 @@ def whole_step(batch: int, k: int, device: str, flags: tuple[bool, bool, bool], 
         positions = step_positions(seq_lens, tokens.shape[1])
         logits, log_q = torch.empty(batch, 2 * k + 1, VOCAB, device=device), torch.empty(batch, k, device=device)
         q = torch.empty(batch, k, VOCAB, device=device) if flags[2] else None
-        out = isd_step(logits, drafts, counts, log_q, q, ints(batch, dtype=small), seq_lens, rows(batch, device, flags))
-        parts = [tokens, positions, *vars(out).values(), *vars(out.proposal).values()]
+        forks = ints(batch, dtype=small) if salvage else None
+        branch = [f(counts, forks, 2 * k + 1) for f in (row_offsets, visible_rows)] if salvage else []
+        out = isd_step(logits, drafts, counts, log_q, q, ints(batch, dtype=small), seq_lens, rows(batch, device, flags), forks, salvage)
+        parts = [tokens, positions, *branch, *vars(out).values(), *vars(out.proposal).values()]
         return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_step_never_asks_for_a_value(batch, k, flags, device):
+@pytest.mark.parametrize("batch, salvage", [(1, False), (4, False), (4, True)])
+def test_a_step_never_asks_for_a_value(batch, salvage, k, flags, device):
     """With ``cuda`` (no GPU needed) a tensor made on the host by mistake is noticed too."""
-    parts = whole_step(batch, k, device, flags)
+    parts = whole_step(batch, k, device, flags, salvage)
     assert {part.device.type for part in parts} == {device}
     assert all(part.shape[0] == batch for part in parts)
 

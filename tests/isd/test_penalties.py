@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from idlm_sglang.isd.layout import drafts_in_front
 from idlm_sglang.isd.penalties import PenaltyRows, penalise
 
 VOCAB = 12
@@ -64,7 +65,7 @@ def test_row_i_counts_the_history_and_drafts_1_to_i(requests, seed):
         rows,
         counts,
         torch.tensor(drafts),
-        torch.arange(3) < torch.tensor(valid)[:, None],
+        drafts_in_front(torch.tensor(valid), torch.tensor(valid), 3, 7),
         torch.tensor([len(o) for o in outputs]),
     )
     for b in range(len(requests)):
@@ -88,7 +89,7 @@ def test_neutral_penalties_change_no_bit():
     logits = torch.randn(2, 5, VOCAB)
     rows = penalty_rows([0.0, 0.0], [0.0, 0.0], [1.0, 1.3], [0, 0], [[], []])
     counts = torch.zeros(2, VOCAB, dtype=torch.int32)
-    out = penalise(logits, rows, counts, torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool), torch.tensor([0, 0]))
+    out = penalise(logits, rows, counts, torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 5, 2, dtype=torch.bool), torch.tensor([0, 0]))
     assert torch.equal(out, logits)
 
 
@@ -98,6 +99,6 @@ def test_penalties_never_ask_for_a_value(device):
         one = torch.empty(3, device=device)
         ints = lambda *shape: torch.empty(shape, dtype=torch.int64, device=device)
         rows = PenaltyRows(one, one, one, ints(3), ints(3, 2), True, True)
-        valid = torch.empty(3, 3, dtype=torch.bool, device=device)
-        out = penalise(torch.empty(3, 7, VOCAB, device=device), rows, ints(3, VOCAB), ints(3, 3), valid, ints(3))
+        in_front = torch.empty(3, 7, 3, dtype=torch.bool, device=device)
+        out = penalise(torch.empty(3, 7, VOCAB, device=device), rows, ints(3, VOCAB), ints(3, 3), in_front, ints(3))
     assert out.shape == (3, 7, VOCAB) and out.device.type == device

@@ -19,8 +19,8 @@ KINDS = [
 ]
 
 
-def loop_step(logits, drafts, count, q, limit, seq_len, params, seed):
-    """One request, draft by draft: tokens, next drafts and their q, how many count, and the sum of min(1, p/q)."""
+def loop_step(logits, drafts, count, q, limit, seq_len, params, seed, fork, salvage):
+    """One request, draft by draft: tokens, next drafts, their rows, how many are clean, the sum of min(1, p/q), and log p of all rows."""
     k = len(drafts)
     p = target_probs(logits, params)
     log_p = np.log(np.where(p > 0, p, 1)) + np.where(p > 0, 0, NEG)
@@ -49,11 +49,18 @@ def loop_step(logits, drafts, count, q, limit, seq_len, params, seed):
         if not stands:
             weights = np.maximum(p[i] - q[i], 0) if own_rule else p[i]
             tokens.append(draw(i, weights, noise.STREAM_FINAL if own_rule else noise.STREAM_TOKEN))
-            return tokens, [], introspection, log_p
+            break
         tokens.append(int(x))
-    tokens.append(draw(count, p[count], noise.STREAM_FINAL if own_rule else noise.STREAM_TOKEN))
-    fresh = [draw(count + 1 + j, p[count + 1 + j], noise.STREAM_TOKEN) for j in range(k)]
-    return tokens, fresh[:limit], introspection, log_p
+    else:
+        tokens.append(draw(count, p[count], noise.STREAM_FINAL if own_rule else noise.STREAM_TOKEN))
+    # Rows at consecutive positions, each seeing those before it; entry s stands s positions behind the pending token.
+    spine = [*range(fork + 1), *range(count + 1, count + 1 + k)]
+    accepted = len(tokens) - 1
+    ahead = [(draw(s, p[row], noise.STREAM_TOKEN), row) for s, row in enumerate(spine) if s > accepted][: min(limit, k)]
+    if accepted < fork and not salvage:
+        ahead = []
+    fresh, rows = [x for x, _ in ahead], [row for _, row in ahead]
+    return tokens, fresh, rows, len(fresh) if accepted >= fork else 0, introspection, log_p
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -63,9 +70,10 @@ def loop_step(logits, drafts, count, q, limit, seq_len, params, seed):
     st.integers(2, 7),
     st.integers(0, 2**20),
     st.booleans(),
+    st.sampled_from(["cold", "salvage"]),
 )
-def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near):
-    """Any batch size, width, count, limit and mixture of rules; ``near`` makes q like p, so that drafts stand."""
+def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near, policy):
+    """Any batch size, width, count, fork, limit and mixture of rules; ``near`` makes q like p, so that drafts stand."""
     batch = len(kinds)
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, 2 * k + 1, vocab, generator=random) * 1.5
@@ -90,12 +98,15 @@ def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near):
     # What stands behind the valid drafts is left over from earlier steps and may be anything.
     stale = torch.arange(k) >= counts[:, None]
     poisoned = q.masked_fill(stale[..., None], float("nan")), log_q.masked_fill(stale, float("nan"))
-    result = isd_step(logits, drafts, counts, poisoned[1], poisoned[0], limits, seq_lens, sampling_rows(kinds, seeds))
+    salvage = policy == "salvage"
+    forks = (counts * torch.rand(batch, generator=random) * 1.5).long().clamp(max=counts) if salvage else counts
+    rows = sampling_rows(kinds, seeds)
+    result = isd_step(logits, drafts, counts, poisoned[1], poisoned[0], limits, seq_lens, rows, forks if salvage else None, salvage)
 
     assert result.tokens.shape == (batch, k + 1) and result.proposal.drafts.shape == (batch, k)
     for b, params in enumerate(kinds):
         count = int(counts[b])
-        tokens, fresh, introspection, log_p = loop_step(
+        tokens, fresh, drawn_by, fork, introspection, log_p = loop_step(
             logits[b].numpy(),
             drafts[b].tolist(),
             count,
@@ -104,14 +115,16 @@ def test_a_step_is_what_plain_loops_give(k, kinds, vocab, seed, near):
             int(seq_lens[b]),
             params,
             int(seeds[b]),
+            int(forks[b]),
+            salvage,
         )
         assert int(result.accept_lens[b]) == len(tokens) == int(result.deciding[b]) + 1
         assert result.tokens[b, : len(tokens)].tolist() == tokens and int(result.last[b]) == tokens[-1]
-        assert int(result.proposal.counts[b]) == len(fresh)
+        assert int(result.proposal.counts[b]) == len(fresh) and int(result.proposal.clean[b]) == fork
         assert result.proposal.drafts[b, : len(fresh)].tolist() == fresh
         assert float(result.introspection[b]) == pytest.approx(introspection, abs=1e-4)
         for j, x in enumerate(fresh):
-            row = log_p[count + 1 + j]
+            row = log_p[drawn_by[j]]
             assert float(result.proposal.log_q[b, j]) == pytest.approx(0.0 if params.top_k == 1 else row[x], abs=1e-4)
             if result.proposal.q is not None and params.top_k > 1:
                 np.testing.assert_allclose(result.proposal.q[b, j].numpy(), np.exp(row), atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from idlm_sglang.isd import visible_rows
 from idlm_sglang.platform import tile_plan, tiled_attention
 from idlm_sglang.platform.tiled_attention import Workspace, attend
 from tests.platform.reference import naive_attention, paged_batch
@@ -133,6 +134,29 @@ def test_new_visible_hides_new_columns(lone_slab_bytes, monkeypatch):
     hidden = batch.attend(new_visible)
     assert (hidden.double() - naive_attention(batch, new_visible)).abs().max() < TOLERANCE[torch.float32]
     assert (hidden - batch.attend()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lone_slab_bytes", [tile_plan.LONE_SLAB_BYTES, 0])
+def test_a_branch_leaves_the_bits_of_a_plain_chain(lone_slab_bytes, monkeypatch):
+    """What the rows of survivors compute, and so their KV in the next layer, is that of a linear step; MASK rows see a text without them."""
+    monkeypatch.setattr(tile_plan, "LONE_SLAB_BYTES", lone_slab_bytes)
+    prefix, k = [0, 5, 64, 300], 3
+    width = 2 * k + 1
+    batch = paged_batch(prefix, [width] * len(prefix))
+    counts, forks = torch.tensor([3, 3, 2, 3]), torch.tensor([0, 3, 0, 1])
+    visible = visible_rows(counts, forks, width)
+    branch, linear = (batch.attend(mask).view(len(prefix), width, *batch.q.shape[1:]) for mask in (visible, None))
+    for b, (count, fork) in enumerate(zip(counts.tolist(), forks.tolist())):
+        assert torch.equal(branch[b, : count + 1], linear[b, : count + 1])
+        assert (fork == count) == torch.equal(branch[b, count + 1 :], linear[b, count + 1 :])
+        # The same columns without the hidden ones.
+        kept = [c for c in range(prefix[b] + width) if not prefix[b] + fork < c <= prefix[b] + count]
+        bare = paged_batch([prefix[b]], [width - (count - fork)])
+        bare.k_cache, bare.v_cache = batch.k_cache, batch.v_cache
+        bare.req_to_token[bare.req_pool_indices[0], : len(kept)] = batch.req_to_token[batch.req_pool_indices[b], kept]
+        rows = torch.tensor([*range(fork + 1), *range(count + 1, width)])
+        bare.q = batch.q.view(len(prefix), width, *batch.q.shape[1:])[b, rows].contiguous()
+        torch.testing.assert_close(branch[b, rows], bare.attend(), atol=3e-6, rtol=0)
 
 
 def test_new_visible_refuses_more_rows_than_a_tile():

@@ -26,18 +26,24 @@ def test_counts_agree_with_the_answers(isd, stride):
     # The first token of an answer comes from the prefill. A stop string can end an answer inside a token run.
     decoded = sum(len(ids(a)) - 1 for a in answers)
     assert delta["idlm:tokens_committed_total"] == decoded
-    rounds = {kind: delta[f'idlm:rounds_total{{kind="{kind}"}}'] for kind in ("verify", "cold", "single")}
+    rounds = {kind: delta[f'idlm:rounds_total{{kind="{kind}"}}'] for kind in ("verify", "salvage", "cold", "single")}
     assert sum(rounds.values()) == sum(a["meta_info"].get("spec_verify_ct", 0) for a in answers)
     if stride == 1:
-        assert rounds["verify"] == rounds["cold"] == 0
+        assert rounds["verify"] == rounds["salvage"] == rounds["cold"] == 0
         assert decoded == rounds["single"]
     else:
         assert rounds["single"] == 0
         assert delta['idlm:drafts_proposed_total{position="1"}'] == rounds["verify"]
+        assert delta['idlm:salvage_proposed_total{position="1"}'] == rounds["salvage"] > 0
         for j in range(1, stride):
-            proposed, accepted = (delta[f'idlm:drafts_{w}_total{{position="{j}"}}'] for w in ("proposed", "accepted"))
-            assert accepted <= proposed == rounds["verify"]
+            # Behind a branch fewer than K drafts are ahead; survivors always are K.
+            for series, kind in (("drafts", "verify"), ("salvage", "salvage")):
+                proposed, accepted = (delta[f'idlm:{series}_{w}_total{{position="{j}"}}'] for w in ("proposed", "accepted"))
+                assert accepted <= proposed <= rounds[kind] and (kind == "verify" or proposed == rounds[kind])
         assert delta.get(f'idlm:drafts_proposed_total{{position="{stride}"}}', 0) == 0
+        run = sum(delta[f'idlm:{series}_accepted_total{{position="{j}"}}'] for series in ("drafts", "salvage") for j in range(1, stride))
+        # A forward commits what it accepted and one more token, unless a stop or a limit cuts it.
+        assert decoded <= run + sum(rounds.values()) and run > 0
         mean = delta["idlm:introspective_acceptance_sum_total"] / delta["idlm:introspective_acceptance_count_total"]
         assert 0 < mean <= 1
     assert delta['idlm:requests_total{mode="strided",reason="stride"}'] == len(calls)

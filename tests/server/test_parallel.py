@@ -13,7 +13,7 @@ from tests.server.harness import CHECKPOINT, Server, differing, ids, prompts
 
 ISD = ("--speculative-algorithm", "ISD", "--enable-metrics")
 # One core per rank: SGLang wants to be told on a machine with a single NUMA node.
-TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "IDLM_MAX_STRIDE": "8"}
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "IDLM_STRIDE": "auto"}
 
 
 def mixed_calls():
@@ -37,6 +37,9 @@ def test_tensor_parallel_ranks_agree_and_count_once(ar, logs):
     assert not differing(want, got[: len(calls)])
     counted = after["idlm:tokens_committed_total"] - before["idlm:tokens_committed_total"]
     assert counted == sum(len(ids(a)) - 1 for a in got)
+    # Ranks that chose their strides for themselves would have hung.
+    used = [sample for sample in after if sample.startswith("idlm:steps_total")]
+    assert len(used) >= 2, used
 
 
 @pytest.mark.parametrize("ranks", [2])

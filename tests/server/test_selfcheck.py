@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 import requests
 
 from idlm_sglang.serving import cli
+from tests.deploy.tools import queries, series
 from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts, with_pythonpath
 
 KINDS = [
@@ -166,3 +168,24 @@ def test_a_broken_acceptance_is_found_and_its_line_replays(logs, tmp_path, capsy
         for number, line in enumerate(lines):
             at = line.split("first at token ")[1].split(":")[0]
             assert told[number].startswith(f"line {number + 1}: token {at} differs: ")
+
+
+def test_dashboard_rules_and_autoscaler_ask_for_series_that_the_server_has(checked):
+    """Here because this server has every series of ours. Streams and refusals have series only once there was one."""
+    body = {"text": chat("Hi"), "sampling_params": {"max_new_tokens": 8}}
+    list(checked.post("/generate", body | {"stream": True}, stream=True).iter_lines())
+    refused = checked.post("/generate", {"text": "Hi", "sampling_params": {"custom_params": {"idlm_stride": 99}}})
+    assert refused.status_code == 400
+    at_rest(checked)
+    exposed = {}
+    for line in requests.get(checked.url + "/metrics", timeout=30).text.splitlines():
+        if found := re.match(r"([\w:]+)(?:\{(.*)\})? ", line):
+            exposed.setdefault(found[1], set()).update(re.findall(r'(\w+)="', found[2] or ""))
+    added = {"arm", "instance", "job"}  # Prometheus's own labels, and the scrape configuration's
+    asked = {(where, name, frozenset(labels)) for where, text in queries().items() for name, labels in series(text)}
+    missing = sorted(f"{where}: {name}" for where, name, _ in asked if name not in exposed)
+    assert not missing, missing
+    unlabelled = sorted(f"{where}: {name} {labels - exposed[name] - added}" for where, name, labels in asked if labels - exposed[name] - added)
+    assert not unlabelled, unlabelled
+    print(f"{len({name for _, name, _ in asked})} series asked for in {len(queries())} places, all among the {len(exposed)} that the server has")
+    assert len(asked) > 40

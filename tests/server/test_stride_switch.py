@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tests.server.harness import chat, differing, prompts
+from tests.server.harness import chat, differing, ids, prompts
 
 
 def switch(server, value):
@@ -36,6 +36,51 @@ def test_switching_under_load_changes_no_token(ar, isd):
     assert not differing(want, got)
     assert len(set(used)) >= 4, "the stride hardly moved during the run"
     print(f"{len(calls)} answers identical over {len(used)} switches")
+
+
+def test_a_server_that_chooses_its_stride_answers_as_ar(ar, isd_tight):
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40} for p in prompts(60, seed=103)]
+    calls += [{"prompt": p, "temperature": 1.0, "sampling_seed": i, "max_new_tokens": 32} for i, p in enumerate(prompts(30, seed=104))]
+    before = strides(isd_tight)
+    for clients in (1, 12):
+        assert not differing(ar.many(calls, clients), isd_tight.many(calls, clients))
+    used = {n for n, count in strides(isd_tight).items() if count > before.get(n, 0)}
+    state = isd_tight.info()["internal_states"][0]["idlm"]
+    print(f"strides used: {sorted(used, key=int)}; {state['controller']}")
+    assert len(used) >= 2, "the controller never changed the stride"
+    assert state["auto"] and state["controller"]["expected_gain"] > 0 and state["controller"]["actual_gain"] > 0
+
+
+def strides(server):
+    return server.info()["internal_states"][0]["idlm"]["steps_by_stride"]
+
+
+def test_a_stride_can_be_forced_and_left_to_the_server_again(isd, isd_tight):
+    assert switch(isd_tight, 3) == [True]
+    try:
+        before = strides(isd_tight)
+        isd_tight.generate(chat("Hi"), temperature=0, max_new_tokens=200, ignore_eos=True)
+        assert {n for n, count in strides(isd_tight).items() if count > before.get(n, 0)} == {"3"}
+    finally:
+        assert switch(isd_tight, 0) == [True]
+    assert isd_tight.info()["internal_states"][0]["idlm"]["auto"]
+    # Step times are measured at the start of a server that is to choose.
+    assert switch(isd, 0) == [False]
+
+
+@pytest.mark.parametrize("stride", [1, 8])
+def test_at_stride_1_a_request_may_fill_the_whole_kv_pool_as_in_ar(ar, isd_tight, stride):
+    """1194 of 1200 columns; at stride 8 the rows of the last steps find no room."""
+    call = {"prompt": [500 + i % 97 for i in range(1100)], "temperature": 0, "max_new_tokens": 94, "ignore_eos": True}
+    switch(isd_tight, stride)
+    try:
+        got = isd_tight.generate(**call)
+    finally:
+        switch(isd_tight, 0)
+    if stride == 1:
+        assert ids(got) == ids(ar.generate(**call)) and len(ids(got)) == 94
+    else:
+        assert got["meta_info"]["finish_reason"]["type"] == "abort"
 
 
 @pytest.mark.parametrize("value", [0, 17, -1, 2.5, "four"])

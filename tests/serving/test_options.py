@@ -64,13 +64,14 @@ def test_ar_serves_the_same_checkpoint_without_an_algorithm():
 
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
-    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5")
+    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain")
     assert got.environ == {
         "IDLM_STRIDE": "3",
         "IDLM_MAX_STRIDE": "8",
         "IDLM_MASK_TOKEN_ID": "7",
         "IDLM_SAMPLING_RULE": "rejection",
         "IDLM_SELFCHECK": "0.5",
+        "IDLM_SALVAGE": "chain",
     }
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 
@@ -90,15 +91,18 @@ def test_the_address_is_one_a_client_can_use(host, address):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--stride", "abc"], "--stride abc is not valid; allowed: an integer from 1 to 16"),
-        (["--stride", "0"], "--stride 0 is out of range; allowed: an integer from 1 to 16"),
-        (["--stride", "-1"], "--stride -1 is out of range; allowed: an integer from 1 to 16"),
-        (["--stride", "17"], "--stride 17 is out of range; allowed: an integer from 1 to 16"),
+        (["--stride", "abc"], "--stride abc is not valid; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "0"], "--stride 0 is out of range; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "-1"], "--stride -1 is out of range; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "17"], "--stride 17 is out of range; allowed: an integer from 1 to 16, or auto"),
+        (["--stride", "auto", "--speculative-num-steps", "3"], "--stride auto and --speculative-num-steps 3 were both given; allowed: one of them"),
         (["--max-stride", "17"], "--max-stride 17 is out of range; allowed: an integer from 1 to 16"),
         (["--stride", "4", "--max-stride", "3"], "--max-stride 3 is below --stride 4; allowed: 4 to 16"),
         (["--stride", "4", "--speculative-num-steps", "2"], "--stride 4 and --speculative-num-steps 2 disagree; allowed: "),
         (["--mask-token-id", "x"], "--mask-token-id x is not valid; allowed: an integer >= 0"),
         (["--sampling-rule", "exact"], "--sampling-rule exact is not known; allowed: coupled, rejection"),
+        (["--salvage", "on"], "--salvage on is not known; allowed: auto, branch, chain, off"),
+        (["--ar", "--salvage", "off"], "--salvage off has no meaning with --ar"),
         (["--selfcheck", "1.5"], "--selfcheck 1.5 is not valid; allowed: a share from 0 (off) to 1"),
         (["--selfcheck", "x"], "--selfcheck x is not valid; allowed: a share from 0 (off) to 1"),
         (["--ar", "--selfcheck", "0"], "--selfcheck 0 has no meaning with --ar"),
@@ -131,7 +135,7 @@ def test_a_directory_without_a_config_is_refused(tmp_path):
 def test_bad_input_exits_with_a_code_and_one_line(capsys):
     assert cli.main(["serve", "--stride", "abc"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines() == ["idlm: --stride abc is not valid; allowed: an integer from 1 to 16"]
+    assert captured.err.splitlines() == ["idlm: --stride abc is not valid; allowed: an integer from 1 to 16, or auto"]
     assert captured.out == ""
 
 

@@ -17,6 +17,7 @@ RESOLVED = {
     "mask": [151669, "config"],
     "algorithm": "ISD",
     "stride": 4,
+    "auto": False,
     "max_stride": 8,
     "rule": "coupled",
     "concurrency": 64,
@@ -62,6 +63,10 @@ def test_the_summary_names_every_choice():
         "curl ",
     ):
         assert part in text
+
+
+def test_the_summary_of_a_server_that_chooses_its_stride_says_between_what():
+    assert "stride auto: 1 to 8 tokens per forward, whichever is fastest; sampling rule coupled" in summary.text(a_launch(), RESOLVED | {"auto": True})
 
 
 def test_the_summary_of_an_ar_server_speaks_of_no_stride():

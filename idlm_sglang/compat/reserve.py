@@ -1,0 +1,63 @@
+"""KV is reserved for the stride in use, not for the largest."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+from idlm_sglang.compat.running import is_isd
+
+_columns: int | None = None
+
+
+@contextmanager
+def _for(reqs, overlap: bool):
+    global _columns
+    from idlm_sglang.engine.reserve import columns
+
+    _columns = columns(reqs, overlap) if is_isd() else None
+    try:
+        yield
+    finally:
+        _columns = None
+
+
+def reserve_in_use(result: int) -> int:
+    """What: ``get_alloc_reserve_per_decode``, while a step is allocated or its need is estimated, is that of its stride.
+    Why: it is 2W columns at the largest stride; at stride 1 a short pool would hold fewer requests than in AR.
+    Guard: the hook applied; a test compares stride 1 with AR on a short pool, another switches strides there.
+    Goes when: SGLang asks the algorithm for the columns of a batch.
+    """
+    return result if _columns is None else min(result, _columns)
+
+
+def allocate_in_use(original: Callable, batch) -> None:
+    """What: ``spec_prepare_for_decode`` allocates under that reserve.
+    Why: with the hook above.
+    Guard: with the hook above.
+    Goes when: with the hook above.
+    """
+    with _for(batch.reqs, batch.enable_overlap):
+        original(batch)
+
+
+def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
+    """What: ``ScheduleBatch._new_tokens_required_next_decode_spec_v2`` estimates under that reserve.
+    Why: with the hook above; a need estimated too low would end the server at the allocation.
+    Guard: with the hook above.
+    Goes when: with the hook above.
+    """
+    with _for(requests, batch.enable_overlap):
+        return original(batch, requests, page_size)
+
+
+def room_for_masks(_, batch) -> None:
+    """What: after ``ScheduleBatch.prepare_for_extend`` the requests whose prompt ends there get KV slots for MASK rows.
+    Why: the forward that ends a prompt can draw the first drafts; SGLang allocates a decode step's slots only behind it.
+    Guard: the hook applied; answers are compared with AR, and a test finds no cold step behind a prompt.
+    Goes when: SGLang lets a speculative algorithm reserve slots at prefill.
+    """
+    if not is_isd():
+        return
+    from idlm_sglang.engine.warm import reserve
+
+    with _for(batch.reqs, batch.enable_overlap):
+        reserve(batch)

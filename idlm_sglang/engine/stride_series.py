@@ -1,0 +1,47 @@
+"""The strides that decode steps used, as plain counts and as ``idlm:*`` Prometheus series."""
+
+
+class StrideSeries:
+    """Counts decode steps by stride, and publishes what the controller expects and gets.
+
+    Args:
+        labels: Prometheus labels (``model_name``, ``dp_rank``), or None to count without publishing.
+    """
+
+    def __init__(self, labels: dict[str, str] | None):
+        self.steps: dict[int, int] = {}
+        self._labels, self._last = labels, None
+        if labels is None:
+            return
+        # Imported here: prometheus_client settles on its multiprocess directory at import, and SGLang sets it late.
+        from prometheus_client import Counter, Gauge
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"idlm:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent").labels(**labels)
+
+        self._counter = Counter("idlm:steps", "Decode steps by stride.", labelnames=[*labels, "stride"])
+        self._by_stride: dict[int, Counter] = {}
+        self._stride = gauge("stride", "Stride of the last decode step.")
+        self._expected = gauge("stride_gain_expected", "Tokens per second over those of stride 1, as the controller expects them.")
+        self._actual = gauge("stride_gain_actual", "Tokens per second over those of stride 1, as they turned out lately.")
+
+    def step(self, stride: int) -> None:
+        """A decode step begins."""
+        self.steps[stride] = self.steps.get(stride, 0) + 1
+        if self._labels is None:
+            return
+        if stride not in self._by_stride:
+            self._by_stride[stride] = self._counter.labels(**self._labels, stride=str(stride))
+        self._by_stride[stride].inc()
+        if stride != self._last:
+            self._last = stride
+            self._stride.set(stride)
+
+    def gains(self, expected: float | None, actual: float | None) -> None:
+        """The controller decided."""
+        if self._labels is None:
+            return
+        if expected is not None:
+            self._expected.set(expected)
+        if actual is not None:
+            self._actual.set(actual)

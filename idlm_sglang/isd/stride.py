@@ -1,0 +1,256 @@
+"""Which stride to use now: the one that commits the most tokens per second, as far as is known.
+
+A step of stride N costs more the more requests run, and brings more tokens the better drafts are accepted. Both are
+estimated (:mod:`idlm_sglang.isd.estimates`), and the expected tokens of a round follow from a Markov chain over rounds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from idlm_sglang.isd.estimates import Acceptance, StepTimes
+
+__all__ = ["Acceptance", "Choice", "Policy", "StepTimes", "StrideController", "choose", "ladder", "tokens_per_round"]
+
+_LADDER = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def ladder(largest: int) -> tuple[int, ...]:
+    """The strides to choose from: 1, 2, 3, 4, 6, 8, 12, 16 up to ``largest``, which is always one of them."""
+    return tuple(sorted({n for n in _LADDER if n <= largest} | {largest}))
+
+
+def _runs(p: Sequence[float], k: int) -> list[float]:
+    """P(at least r of k drafts are accepted) for r = 0..k."""
+    out = [1.0]
+    for j in range(k):
+        out.append(out[-1] * (p[min(j, len(p) - 1)] if p else 0.0))
+    return out
+
+
+def tokens_per_round(linear: Sequence[float], branch: Sequence[float] | None, stride: int) -> float:
+    """Expected committed tokens per round of one request, in the long run.
+
+    The states of the chain, with K = stride - 1: L_c, a round with c drafts from MASK rows (L_0 is the cold one), and with
+    salvage S, a round with K drafts that survived a rejection. A round that accepts r drafts commits r + 1 tokens. From L_c
+    the next is L_K where r = c, else S (L_0 without salvage); from S it is L_{K-r}.
+
+    Args:
+        linear: P(draft j + 1 accepted | drafts 1..j accepted) in L; positions behind the end continue its last value, none is 0.
+        branch: the same in S, or None without salvage.
+        stride: N >= 1.
+
+    Returns:
+        1.0 to N. Constant p without salvage gives (2 + p + .. + p^(N-2)) / (2 - p^(N-1)).
+    """
+    k = stride - 1
+    if k < 1:
+        return 1.0
+    reach = _runs(linear, k)
+    stay = reach[k]
+    if branch is None:
+        return (sum(reach) + 1 - stay) / (2 - stay)
+    # One cycle from S to S: S, L_{K-r}, and L_K as often as it repeats itself; all scaled by 1 - P(L_K repeats).
+    survive = _runs(branch, k)
+    tokens, rounds = (1 - stay) * sum(survive), 2 * (1 - stay)
+    expected = 0.0
+    for c in range(k + 1):
+        r = k - c
+        ends = survive[r] - (survive[r + 1] if r < k else 0.0)
+        expected += reach[c]
+        tokens += ends * ((1 - stay) * expected + reach[c] * sum(reach))
+        rounds += ends * reach[c]
+    return tokens / rounds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A stride, and what each one is expected to give in tokens per second, stride 1 being 1."""
+
+    stride: int
+    expected: Mapping[int, float]
+
+
+def choose(
+    times: StepTimes,
+    linear: Sequence[float],
+    branch: Sequence[float] | None,
+    batch: int,
+    strides: Sequence[int],
+    current: int | None = None,
+    hysteresis: float = 0.0,
+) -> Choice:
+    """The stride with the most expected tokens per second at ``batch`` running requests.
+
+    ``current`` is kept unless the best beats it by more than the share ``hysteresis``; among equals the smaller one is
+    taken. Depends on nothing but its arguments.
+    """
+    rate = {n: tokens_per_round(linear, branch, n) / times.seconds(batch, n) for n in sorted(strides)}
+    single = 1 / times.seconds(batch, 1) if 1 in times.strides else next(iter(rate.values()))
+    expected = {n: r / single for n, r in rate.items()}
+    best = max(expected, key=expected.get)
+    if current in expected and expected[best] <= expected[current] * (1 + hysteresis):
+        best = current
+    return Choice(best, expected)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a :class:`StrideController` goes about it.
+
+    Attributes:
+        interval: decode steps per decision.
+        hysteresis: a share of speed that is not worth a change.
+        dwell: decisions between two changes, unless the second one brings a quarter or the batch changed by half.
+        explore: largest share of decode time that may be lost to trying strides not in use.
+        patience: decisions after which a stride that is not in use is hoped to be twice as good as last known; one that
+            was never used at about this batch size is at once.
+        trial: decisions that one trial lasts.
+    """
+
+    interval: int = 4
+    hysteresis: float = 0.02
+    dwell: int = 4
+    explore: float = 0.01
+    patience: int = 2000
+    trial: int = 2
+
+
+_URGENT = 1.25
+_OTHER_BATCH = 1.5
+# Steps whose worth of trials may be saved up.
+_SAVED = 64
+
+
+@dataclass
+class _Trial:
+    stride: int
+    left: int
+    seconds: float = 0.0
+
+
+@dataclass
+class StrideController:
+    """Decides the stride every ``policy.interval`` decode steps; equal observations give equal decisions.
+
+    What is not in use is not seen: drafts behind the stride's own, and the step times of other strides. So now and then
+    another stride is tried for some steps, the more likely the better it is expected to be and the longer it was not seen.
+    A trial starts only where even one that accepts nothing costs no more than the time saved up for it, the share ``explore``
+    of all decode time, and some steps' worth to begin with. Against the best fixed stride under lasting conditions that loses
+    ``explore + hysteresis`` in the long run, and the same against stride 1, which is one of the strides.
+
+    Args:
+        times: step times to begin with.
+        strides: what to choose from; with 1 among them.
+        salvage: rounds behind a rejection carry drafts that survived it.
+    """
+
+    times: StepTimes
+    strides: Sequence[int]
+    salvage: bool = False
+    policy: Policy = field(default_factory=Policy)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    def __post_init__(self):
+        self.choice: Choice | None = None
+        self._settled: int | None = None
+        self._batch = 0
+        self._since = 0
+        # By (nearest batch size of the table, stride): decisions there until the stride was last in use.
+        self._used: dict[tuple[int, int], int] = {}
+        self._decisions: dict[int, int] = {}
+        self._trial: _Trial | None = None
+        self._saved: float | None = None
+        self._lately: list[tuple[int, float]] = []
+        self._lately_at = 0
+
+    @property
+    def stride(self) -> int:
+        """The stride in use, on trial or for good; the largest before the first decision."""
+        if self._trial is not None:
+            return self._trial.stride
+        return self._settled if self._settled is not None else max(self.strides)
+
+    @property
+    def on_trial(self) -> bool:
+        """The stride in use is one that is being tried."""
+        return self._trial is not None
+
+    def observe_step(self, batch: int, stride: int, seconds: float) -> None:
+        """A decode step of ``batch`` requests at ``stride`` took ``seconds``."""
+        if stride not in self.times.strides or seconds <= 0:
+            return
+        if self._lately and (stride != self._lately_at or abs(batch - self._lately[0][0]) > batch / 8):
+            self._look_back()
+        self._lately_at = stride
+        self._lately.append((batch, seconds))
+        if len(self._lately) == self.policy.interval:
+            self._look_back()
+        typical = self.times.seconds(batch, stride)
+        if self._trial is not None and stride == self._trial.stride:
+            self._trial.seconds += typical
+        if self._saved is None:
+            self._saved = _SAVED * typical
+        self._saved = min(self._saved + self.policy.explore * typical, _SAVED * typical)
+
+    def _look_back(self) -> None:
+        """The steps since the last look, much alike, are one observation."""
+        batch = sum(batch for batch, _ in self._lately) / len(self._lately)
+        self.times.observe(batch, self._lately_at, median(seconds for _, seconds in self._lately))
+        self._lately.clear()
+
+    def observe_rounds(self, proposed: Sequence[int], accepted: Sequence[int], branch: bool = False) -> None:
+        """Drafts verified and accepted, per request of one step, as :meth:`Acceptance.observe` takes them."""
+        self.acceptance.observe(proposed, accepted, branch)
+
+    def decide(self, batch: int) -> int:
+        """The stride for the next ``policy.interval`` decode steps of about ``batch`` requests."""
+        policy = self.policy
+        branch = self.acceptance.branch() if self.salvage else None
+        linear = self.acceptance.linear()
+        choice = choose(self.times, linear, branch, batch, self.strides, self._settled, policy.hysteresis)
+        self.choice = choice
+        self._since += 1
+        bucket = min(self.times.batches, key=lambda b: abs(b - batch))
+        now = self._decisions[bucket] = self._decisions.get(bucket, 0) + 1
+        if self._settled is not None:
+            self._used[bucket, self.stride] = now
+        if self._trial is not None:
+            self._trial.left -= 1
+            if self._trial.left > 0:
+                return self.stride
+            self._pay(choice)
+        if choice.stride != self._settled and self._may_change(choice, batch):
+            self._settled, self._batch, self._since = choice.stride, batch, 0
+        elif self._since >= policy.dwell:
+            self._trial = self._worth_trying(choice, batch, bucket)
+        return self.stride
+
+    def _may_change(self, choice: Choice, batch: int) -> bool:
+        if self._settled is None or self._since >= self.policy.dwell:
+            return True
+        if not self._batch / _OTHER_BATCH < batch < self._batch * _OTHER_BATCH:
+            return True
+        return choice.expected[choice.stride] > _URGENT * choice.expected[self._settled]
+
+    def _pay(self, choice: Choice) -> None:
+        """The trial is over: what it lost against the settled stride is taken from what was saved."""
+        trial, self._trial = self._trial, None
+        worth = choice.expected[trial.stride] / choice.expected[self._settled]
+        self._saved -= trial.seconds * max(0.0, 1 - worth)
+
+    def _worth_trying(self, choice: Choice, batch: int, bucket: int) -> _Trial | None:
+        policy, settled, now = self.policy, self._settled, self._decisions[bucket]
+        unseen = {n: now - self._used.get((bucket, n), -policy.patience) for n in self.strides if n != settled}
+        hoped = {
+            n: choice.expected[n] * self.times.seconds(batch, n) / self.times.hoped(batch, n) * (1 + age / policy.patience)
+            for n, age in unseen.items()
+        }
+        n = max(hoped, key=hoped.get, default=settled)
+        if hoped.get(n, 0) <= choice.expected[settled]:
+            return None
+        seconds = policy.interval * policy.trial * self.times.seconds(batch, n)
+        least = self.times.seconds(batch, 1) / self.times.seconds(batch, n) / choice.expected[settled]
+        if seconds * (1 - least) > (self._saved or 0):
+            return None
+        return _Trial(n, policy.trial)

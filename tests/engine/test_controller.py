@@ -1,0 +1,95 @@
+"""The controller's engine side: what a step is timed by, and the KV columns that the stride in use needs."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from idlm_sglang.config import Settings
+from idlm_sglang.engine.calibrate import batch_sizes
+from idlm_sglang.engine.clock import StepClock
+from idlm_sglang.engine.requests import SINGLE, STRIDED, RequestPlan
+from idlm_sglang.engine.worker import IsdWorker
+
+
+class Time:
+    """A clock that stands still until told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(clock, time, *steps, inside=3.0, around=1.0):
+    """What each (batch, stride) step's start says of the one before; None stands for an extend of 50 s."""
+    found = []
+    for step in steps:
+        if step is None:
+            clock.other()
+            time.now += 50
+            continue
+        found.append(clock.start(*step))
+        time.now += inside
+        clock.end()
+        time.now += around
+    return found
+
+
+def test_a_blocking_step_is_timed_from_its_start_to_the_next():
+    time = Time()
+    assert run(StepClock(True, time), time, (4, 2), (4, 2), (3, 6), (3, 1)) == [None, (4, 2, 4.0), (4, 2, 4.0), (3, 6, 4.0)]
+
+
+def test_a_blocking_step_behind_which_an_extend_came_is_timed_without_it():
+    time = Time()
+    clock = StepClock(True, time)
+    assert run(clock, time, (4, 2), None, (4, 2)) == [None, None]
+    assert run(clock, time, (4, 2), None, (5, 2), None, (5, 3)) == [(4, 2, 4.0), (4, 2, 4.0), (5, 2, 4.0)]
+
+
+def test_an_overlapped_step_is_timed_only_among_its_like():
+    time = Time()
+    clock = StepClock(False, time)
+    assert run(clock, time, (4, 2), (4, 2), (4, 2)) == [None, None, (4, 2, 4.0)]
+    assert run(clock, time, (4, 6), (4, 6), (4, 6)) == [(4, 2, 4.0), None, (4, 6, 4.0)]
+    assert run(clock, time, (8, 6), (8, 6)) == [(4, 6, 4.0), None]
+    assert run(clock, time, None, (8, 6), (8, 6), (8, 6)) == [None, None, (8, 6, 4.0)]
+
+
+def a_request(mode=STRIDED, stride=None):
+    return SimpleNamespace(idlm_plan=RequestPlan(1, mode, "default", stride, 0, True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_kv_is_reserved_for_the_stride_in_use(overlap):
+    worker = IsdWorker.__new__(IsdWorker)
+    worker.settings, worker.server_seed, worker.stride = Settings(stride=1, max_stride=8), 0, 1
+    worker._in_flight = 1
+    # As in AR: the token that this step writes, and the one of a step whose result is not known yet.
+    assert worker.columns_ahead([a_request(), a_request(SINGLE)], overlap) == 1 + overlap
+    worker.stride = 4
+    assert worker.columns_ahead([a_request(), a_request(SINGLE)], overlap) == 7 + overlap
+    assert worker.columns_ahead([a_request(SINGLE)], overlap) == 1 + overlap
+    assert worker.columns_ahead([a_request(), a_request(stride=8)], overlap) == 15 + overlap
+    # Behind a wider step, which may commit as many tokens as its stride.
+    worker.stride, worker._in_flight = 1, 8
+    assert worker.columns_ahead([a_request()], overlap) == 1 + 8 * overlap
+    # Never more than SGLang reserves for the largest stride.
+    worker.stride = 8
+    assert worker.columns_ahead([a_request()], overlap) <= 2 * worker.settings.max_width
+
+
+def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept():
+    worker = IsdWorker.__new__(IsdWorker)
+    worker.stride, worker._most_rows = 8, 3000
+    worker.auto = True
+    chosen = {requests: worker.stride_for(requests) for requests in (1, 200, 201, 1000, 4000)}
+    assert chosen == {1: 8, 200: 8, 201: 7, 1000: 2, 4000: 1}
+    assert all((2 * n - 1) * requests <= 3000 for requests, n in chosen.items() if n > 1)
+    worker.auto = False
+    assert worker.stride_for(4000) == 8
+
+
+def test_step_times_are_measured_from_one_request_to_as_many_as_run():
+    assert batch_sizes(64) == [1, 4, 16, 64] and batch_sizes(24) == [1, 4, 16, 24] and batch_sizes(1) == [1]
