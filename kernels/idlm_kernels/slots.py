@@ -1,0 +1,171 @@
+"""What a step reads and writes per slot, each in one launch: one program per request.
+
+`load` makes a step's inputs out of the kept drafts: truncated to the limit and to K, and only where the stamp (request number, length) fits. `store`
+keeps the next drafts under the new stamp. They are `engine.state.SlotState.load` and `.store` with `isd.layout` and the page table in between.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+
+class State(Protocol):
+    """`engine.state.SlotState`: ``drafts (S, K')`` and ``counts (S,)`` int64, ``log_q (S, K')`` float32, ``numbers``, ``lengths`` ``(S,)`` int64."""
+
+    drafts: torch.Tensor
+    counts: torch.Tensor
+    log_q: torch.Tensor
+    numbers: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Of ``B`` requests, K drafts, W = 2K + 1 rows.
+
+    Attributes:
+        tokens: ``(B, W)`` int64 input ids. rotary: ``(B, W)`` int64 positions, none behind the last of the rotary table.
+        kv_slots: ``(B, W)`` int64 from the page table. positions, index: ``(B, W)`` int64 for :class:`idlm_kernels.rows.Rows`.
+        drafts: ``(B, K)`` int64; counts: ``(B,)`` int64; log_q: ``(B, K)`` float32: what was carried.
+    """
+
+    tokens: torch.Tensor
+    rotary: torch.Tensor
+    kv_slots: torch.Tensor
+    positions: torch.Tensor
+    index: torch.Tensor
+    drafts: torch.Tensor
+    counts: torch.Tensor
+    log_q: torch.Tensor
+
+
+@triton.jit
+def _load(
+    slots, numbers, seq_lens, limits, pending, kept_drafts, kept_counts, kept_log_q, kept_numbers, kept_lengths, most, table, table_width,
+    tokens_out, rotary_out, kv_out, positions_out, index_out, drafts_out, counts_out, log_q_out, mask_id, last_position,
+    K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    request = tl.program_id(0)
+    slot = tl.load(slots + request).to(tl.int64)
+    length = tl.load(seq_lens + request).to(tl.int64)
+    fits = (tl.load(kept_numbers + slot) == tl.load(numbers + request).to(tl.int64)) & (tl.load(kept_lengths + slot) == length)
+    count = tl.minimum(tl.minimum(tl.load(kept_counts + slot), tl.load(limits + request).to(tl.int64)), K)
+    count = tl.where(fits, count, 0)
+    tl.store(counts_out + request, count)
+
+    column = tl.arange(0, COLUMNS)
+    drafted = (column > 0) & (column <= K)
+    kept = slot * most + column - 1
+    draft = tl.load(kept_drafts + kept, mask=drafted, other=0)
+    tl.store(drafts_out + request * K + column - 1, draft, mask=drafted)
+    tl.store(log_q_out + request * K + column - 1, tl.load(kept_log_q + kept, mask=drafted, other=0.0), mask=drafted)
+    token = tl.where(drafted & (column <= count), draft, mask_id)
+    token = tl.where(column == 0, tl.load(pending + request).to(tl.int64), token)
+
+    inside = column < 2 * K + 1
+    place = request * (2 * K + 1) + column
+    position = length + column
+    tl.store(tokens_out + place, token, mask=inside)
+    tl.store(positions_out + place, position, mask=inside)
+    tl.store(rotary_out + place, tl.minimum(position, last_position), mask=inside)
+    tl.store(index_out + place, tl.where(column <= count + K, column, -1).to(tl.int64), mask=inside)
+    kv = tl.load(table + slot * table_width + position, mask=inside & (position < table_width), other=0)
+    tl.store(kv_out + place, kv.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _store(
+    slots, numbers, seq_lens, accept_lens, drafts, counts, log_q, kept_drafts, kept_counts, kept_log_q, kept_numbers, kept_lengths, most,
+    K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    request = tl.program_id(0)
+    slot = tl.load(slots + request).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    kept = slot * most + column
+    tl.store(kept_drafts + kept, tl.load(drafts + request * K + column, mask=column < K, other=0), mask=column < K)
+    tl.store(kept_log_q + kept, tl.load(log_q + request * K + column, mask=column < K, other=0.0), mask=column < K)
+    tl.store(kept_counts + slot, tl.load(counts + request).to(tl.int64))
+    tl.store(kept_numbers + slot, tl.load(numbers + request).to(tl.int64))
+    tl.store(kept_lengths + slot, tl.load(seq_lens + request).to(tl.int64) + tl.load(accept_lens + request).to(tl.int64))
+
+
+def load(
+    state: State,
+    slots: torch.Tensor,
+    numbers: torch.Tensor,
+    seq_lens: torch.Tensor,
+    limits: torch.Tensor,
+    pending: torch.Tensor,
+    k: int,
+    table: torch.Tensor,
+    mask_id: int,
+    last_position: int,
+) -> StepInputs:
+    """The inputs of one step.
+
+    Args:
+        slots, numbers, seq_lens, limits, pending: ``(B,)`` integer: slot, request number, tokens with KV, most drafts, last committed token.
+        k: drafts per request in this step, at most the state's.
+        table: ``(S, T)`` integer page table (`req_to_token`); rows behind T get KV slot 0, the padding slot.
+        last_position: of the rotary table.
+    """
+    batch, width, most = len(slots), 2 * k + 1, state.drafts.shape[1]
+    if k > most:
+        raise ValueError(f"{k} drafts of slots that keep {most}; allowed: at most that")
+    made = [torch.empty(batch, width, dtype=torch.int64, device=slots.device) for _ in range(5)]
+    drafts, counts = torch.empty(batch, k, dtype=torch.int64, device=slots.device), torch.empty(batch, dtype=torch.int64, device=slots.device)
+    log_q = torch.empty(batch, k, device=slots.device)
+    if batch:
+        _load[(batch,)](
+            slots, numbers, seq_lens, limits, pending, state.drafts, state.counts, state.log_q, state.numbers, state.lengths, most,
+            table, table.stride(0), *made, drafts, counts, log_q, mask_id, last_position,
+            K=k, COLUMNS=triton.next_power_of_2(width), num_warps=1,
+        )  # fmt: skip
+    return StepInputs(*made, drafts, counts, log_q)
+
+
+def store(
+    state: State,
+    slots: torch.Tensor,
+    numbers: torch.Tensor,
+    seq_lens: torch.Tensor,
+    accept_lens: torch.Tensor,
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    log_q: torch.Tensor,
+) -> None:
+    """Keep the next drafts of ``slots``, stamped with the request and its new length ``seq_lens + accept_lens`` (all ``(B,)`` integer).
+
+    q is written by :func:`idlm_kernels.store_q.store_q`.
+    """
+    batch, k = drafts.shape
+    if batch:
+        _store[(batch,)](
+            slots, numbers, seq_lens, accept_lens, drafts.contiguous(), counts, log_q.contiguous(), state.drafts, state.counts, state.log_q,
+            state.numbers, state.lengths, state.drafts.shape[1], K=k, COLUMNS=triton.next_power_of_2(max(k, 1)), num_warps=1,
+        )  # fmt: skip
+
+
+def load_reference(state, slots, numbers, seq_lens, limits, pending, k, table, mask_id, last_position) -> StepInputs:
+    """:func:`load` in plain torch."""
+    fits = (state.numbers[slots] == numbers) & (state.lengths[slots] == seq_lens)
+    counts = torch.where(fits, torch.minimum(state.counts[slots], limits), 0).clamp(max=k)
+    drafts, column = state.drafts[slots, :k], torch.arange(2 * k + 1, device=slots.device)
+    tokens = torch.full((len(slots), 2 * k + 1), mask_id, dtype=torch.int64, device=slots.device)
+    tokens[:, 0] = pending
+    tokens[:, 1 : k + 1] = torch.where(column[:k] < counts[:, None], drafts, mask_id)
+    positions = seq_lens.long()[:, None] + column
+    kv = table[slots[:, None], positions.clamp(max=table.shape[1] - 1)].long().masked_fill(positions >= table.shape[1], 0)
+    index = torch.where(column <= counts[:, None] + k, column, -1)
+    return StepInputs(tokens, positions.clamp(max=last_position), kv, positions, index, drafts, counts, state.log_q[slots, :k])
+
+
+def store_reference(state, slots, numbers, seq_lens, accept_lens, drafts, counts, log_q) -> None:
+    """:func:`store` in plain torch."""
+    k = drafts.shape[1]
+    state.drafts[slots, :k], state.log_q[slots, :k] = drafts, log_q
+    state.counts[slots], state.numbers[slots] = counts.long(), numbers.long()
+    state.lengths[slots] = seq_lens.long() + accept_lens.long()

@@ -1,0 +1,39 @@
+"""Everything between a step's logits and its committed tokens: choose, truncate, verify, store_q.
+
+Launches: 2 for greedy and coupled requests without truncation, plus 1 for verification; 3 more where some request truncates; 2 more where some
+request uses the rejection rule. No value is asked of the device.
+"""
+
+import torch
+
+from idlm_kernels.choose import Draws, choose
+from idlm_kernels.rows import Rows, Sampling
+from idlm_kernels.store_q import store_q
+from idlm_kernels.truncate import truncate
+from idlm_kernels.verify import Verified, verify
+
+
+def isd_step(
+    rows: Rows,
+    sampling: Sampling,
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    log_q: torch.Tensor,
+    limits: torch.Tensor,
+    q: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> tuple[Verified, Draws]:
+    """One step behind the forward pass; `idlm_sglang.isd.step.isd_step` is the same in plain torch.
+
+    Args:
+        rows: ``2K + 1`` columns, by :func:`idlm_kernels.slots.load` or :func:`idlm_kernels.rows.step_rows`.
+        drafts: ``(B, K)`` int64; counts: ``(B,)`` int64; log_q: ``(B, K)`` float32: what was carried into the step.
+        limits: ``(B,)`` integer, the most drafts each request may carry next.
+        q: ``(S, K', V)`` float32, the slots' distributions, read for this step's drafts and overwritten with the next ones'; needed where a
+            request uses the rejection rule. slots: ``(B,)`` int64, each request's row of q.
+    """
+    draws = truncate(rows, sampling, choose(rows, sampling))
+    verified = verify(rows, sampling, draws, drafts, counts, log_q, limits, q, slots)
+    if sampling.any_rejection and q is not None:
+        store_q(rows, sampling, draws, counts + 1, drafts.shape[1], q, slots)
+    return verified, draws

@@ -1,0 +1,71 @@
+"""Step inputs and kept drafts by slot: equal to the plain-torch layout and state, stamps included."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from idlm_kernels import slots
+from idlm_sglang.isd import step_positions, step_tokens
+
+MASK = 3
+
+
+def state_of(device, count=9, drafts=3):
+    random = torch.Generator().manual_seed(0)
+    return SimpleNamespace(
+        drafts=torch.randint(4, 99, (count, drafts), generator=random).to(device),
+        counts=torch.tensor([0, 3, 3, 2, 1, 3, 3, 0, 2], device=device),
+        log_q=torch.randn(count, drafts, generator=random).to(device),
+        numbers=(torch.arange(count) + 40).to(device),
+        lengths=(torch.arange(count) * 5).to(device),
+    )
+
+
+def batch_of(device):
+    """Slots in any order; the third request is new in its slot, the fourth has moved on, the fifth may carry one draft, the last none."""
+    at = torch.tensor([5, 1, 6, 2, 3, 8])
+    numbers, seq_lens = at + 40, (at * 5).int()
+    numbers[2] += 1
+    seq_lens[3] += 1
+    limits = torch.tensor([3, 3, 3, 3, 1, 0])
+    pending = torch.arange(6) + 50
+    table = torch.randint(0, 1000, (9, 44), generator=torch.Generator().manual_seed(1)).int()
+    return [part.to(device) for part in (at, numbers, seq_lens, limits, pending, table)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_inputs_are_those_of_layout_state_and_page_table(k, device):
+    state = state_of(device)
+    at, numbers, seq_lens, limits, pending, table = batch_of(device)
+    arguments = (state, at, numbers, seq_lens, limits, pending, k, table, MASK, 41)
+    got, want = slots.load(*arguments), slots.load_reference(*arguments)
+    for name in vars(want):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.counts.tolist() == [min(k, c) for c in (3, 3, 0, 0, 1, 0)]
+    assert torch.equal(got.tokens, step_tokens(pending, got.drafts, got.counts, MASK))
+    assert torch.equal(got.positions, step_positions(seq_lens, 2 * k + 1)) and int(got.rotary.max()) == 41
+    assert (got.kv_slots[5] == 0).sum() >= (40 + 2 * k + 1) - 44
+
+
+def test_what_is_stored_comes_back_to_the_same_request_at_its_new_length_only(device):
+    state, plain = state_of(device), state_of(device)
+    at, numbers, seq_lens, limits, pending, table = batch_of(device)
+    random = torch.Generator().manual_seed(2)
+    drafts, log_q = torch.randint(4, 99, (6, 2), generator=random).to(device), torch.randn(6, 2, generator=random).to(device)
+    counts, accept_lens = torch.tensor([2, 0, 2, 1, 2, 2], device=device), torch.tensor([1, 3, 2, 1, 1, 2], dtype=torch.int32, device=device)
+    slots.store(state, at, numbers, seq_lens, accept_lens, drafts, counts, log_q)
+    slots.store_reference(plain, at, numbers, seq_lens, accept_lens, drafts, counts, log_q)
+    for name in vars(plain):
+        assert torch.equal(getattr(state, name), getattr(plain, name)), name
+    many = torch.full((6,), 3, device=device)
+    again = lambda numbers, lengths: slots.load(state, at, numbers, lengths, many, pending, 2, table, MASK, 41)
+    back = again(numbers, seq_lens + accept_lens)
+    assert torch.equal(back.counts, counts) and torch.equal(back.drafts, drafts) and torch.equal(back.log_q, log_q)
+    assert not again(numbers, seq_lens).counts.any() and not again(numbers + 1, seq_lens + accept_lens).counts.any()
+
+
+def test_more_drafts_than_a_slot_keeps_are_refused(device):
+    at, numbers, seq_lens, limits, pending, table = batch_of(device)
+    with pytest.raises(ValueError, match="4 drafts of slots that keep 3"):
+        slots.load(state_of(device), at, numbers, seq_lens, limits, pending, 4, table, MASK, 41)
