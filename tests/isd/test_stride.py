@@ -76,6 +76,7 @@ def test_short_answers_take_the_rounds_that_drawn_ones_take(p, stride, length):
     rng, rounds, answers = random.Random(8), 0, 4000
     for _ in range(answers):
         request, left = Request(rng), length
+        request.drafts = stride - 1  # drawn by the forward that ended the prompt
         while left > 0:
             left -= request.round(stride, [p])[1] + 1
             rounds += 1
