@@ -79,10 +79,10 @@ def propose(
         entry = run[:, None] + 1 + torch.arange(k, device=run.device)
         # Entries behind the spine's end are not counted; they only have to be some row.
         index = torch.where(entry <= forks[:, None], entry, entry - forks[:, None] + k).clamp(max=2 * k)
-        chosen = chosen.gather(1, index)
-        scores = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))
+        drafts, log_q = chosen.gather(1, index), take(scores, chosen).gather(1, index)
+        q = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1])).exp() if keep_q else None
     else:
-        chosen, scores = chosen[:, k + 1 :], scores[:, k + 1 :]
+        drafts, scores = chosen[:, k + 1 :], scores[:, k + 1 :]
+        log_q, q = take(scores, drafts), scores.exp() if keep_q else None
         counts = torch.where(standing, counts, 0)
-    log_q = torch.where(greedy[:, None], 0.0, take(scores, chosen))
-    return Proposal(chosen, counts, log_q, scores.exp() if keep_q else None, torch.where(standing, counts, 0))
+    return Proposal(drafts, counts, torch.where(greedy[:, None], 0.0, log_q), q, torch.where(standing, counts, 0))
