@@ -79,12 +79,14 @@ def propose(
         entry = run[:, None] + 1 + torch.arange(k, device=run.device)
         # Entries behind the spine's end are not counted; they only have to be some row.
         index = torch.where(entry <= forks[:, None], entry, entry - forks[:, None] + k).clamp(max=2 * k)
-        chosen = chosen.gather(1, index)
-        if scores is not None:
-            scores = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))
     else:
-        chosen = chosen[:, k + 1 :]
-        scores = None if scores is None else scores[:, k + 1 :]
+        index = torch.arange(k + 1, 2 * k + 1, device=run.device).expand(run.shape[0], -1)
         counts = torch.where(standing, counts, 0)
-    log_q = torch.zeros(chosen.shape, device=chosen.device) if scores is None else torch.where(greedy[:, None], 0.0, take(scores, chosen))
-    return Proposal(chosen, counts, log_q, scores.exp() if keep_q else None, torch.where(standing, counts, 0))
+    drafts, q = chosen.gather(1, index), None
+    if scores is None:
+        log_q = torch.zeros(drafts.shape, device=drafts.device)
+    else:
+        log_q = torch.where(greedy[:, None], 0.0, take(scores, chosen).gather(1, index))
+        if keep_q:
+            q = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1])).exp()
+    return Proposal(drafts, counts, log_q, q, torch.where(standing, counts, 0))
