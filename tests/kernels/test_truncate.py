@@ -37,8 +37,8 @@ def probabilities(rows, sampling, draws):
     batch, _, columns, vocab = rows.shape
     out = torch.full((batch, columns, vocab), float("nan"), device=rows.logits.device)
     every = type(sampling)(**(vars(sampling) | dict(coupled=torch.zeros_like(sampling.coupled), any_rejection=True)))
-    first = torch.zeros(batch, dtype=torch.int64, device=rows.logits.device)
-    store_q(rows, every, draws, first, columns, out, torch.arange(batch, device=rows.logits.device), block=256)
+    source = torch.arange(columns, dtype=torch.int32, device=rows.logits.device).repeat(batch, 1)
+    store_q(rows, every, draws, source, out, torch.arange(batch, device=rows.logits.device), block=256)
     return out
 
 
