@@ -109,6 +109,7 @@ class BatchRows:
         sampled = [r.sampling_params for r in reqs if r.sampling_params.top_k > 1]
         self.any_sampled = bool(sampled)
         self.truncation = truncation((s.top_k, s.top_p, s.min_p) for s in sampled)
+        self.any_truncated = self.truncation["any_truncated"]
         self.any_rejection = any(not c and r.sampling_params.top_k > 1 for c, r in zip(coupled, reqs))
 
     def sampling(self, info) -> SamplingRows:
