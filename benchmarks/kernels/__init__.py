@@ -4,7 +4,7 @@
     python -m benchmarks.kernels target verify --device cpu       # some
     python -m benchmarks.kernels --quick                          # seconds per op, no CSV
 
-One file per op: `attention`, `target` (temperature and filters), `noise`, `verify`, `propose`, `step` (all of it behind the forward),
+One file per op: `attention`, `target` (temperature and filters), `noise`, `choose` (a token of every row), `verify`, `propose`, `step` (all of it behind the forward),
 `sampler` (prefill and stride 1), `penalties`, `grammar`, `state` (layout and kept drafts), `page_table`. Each says what its alternatives
 are and in what they differ. Sizes: the embedded checkpoint's vocabulary and 151,936; batch 1, 8, 64; stride 2, 4, 8.
 

@@ -16,14 +16,14 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.kernels.fingerprint import fingerprint
 
-OPS = ("attention", "target", "noise", "verify", "propose", "step", "sampler", "penalties", "grammar", "state", "page_table")
+OPS = ("attention", "target", "noise", "choose", "verify", "propose", "step", "sampler", "penalties", "grammar", "state", "page_table")
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 # Rows x vocabulary of one call, above which a case is not run on a CPU: one call would take seconds.
 CPU_CELLS = 5_000_000
 # Calls slower than this are timed in three rounds, references of that kind in one.
 SLOW_SECONDS = 0.5
 
-OURS, REFERENCE, LIBRARY, FLOOR = "ours", "reference", "library", "floor"
+OURS, REFERENCE, KERNEL, LIBRARY, FLOOR = "ours", "reference", "kernel", "library", "floor"
 
 
 class WrongOp(SystemExit):
@@ -36,7 +36,8 @@ class Arm:
 
     Attributes:
         name: as printed.
-        kind: ours, reference, library, or floor (a part that every arm contains; neither checked nor compared).
+        kind: ours, reference, kernel (a Triton kernel of ours: it may not be wrong, either), library, or floor (a part that every arm
+            contains; neither checked nor compared).
         run: the call that is timed. Its result is what ``check`` sees.
         check: ``(result, reference's result)``; raises AssertionError where they differ. Without one the arm must equal the
             reference bit for bit. A library that draws from a generator of its own is checked for what must hold of any draw.
@@ -134,7 +135,7 @@ def admitted(arm: Arm, expected, options: Options) -> tuple[str, float]:
         began = time.perf_counter()
         result = arm.run()
         seconds = time.perf_counter() - began
-        if arm.kind in (OURS, LIBRARY):
+        if arm.kind in (OURS, KERNEL, LIBRARY):
             (arm.check or assert_equal)(result, expected)
         return "", seconds
     except AssertionError as error:

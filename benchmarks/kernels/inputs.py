@@ -10,6 +10,7 @@ import torch
 from benchmarks.kernels.harness import Options
 from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.isd import SamplingRows, noise, step_positions, target_scores
+from idlm_sglang.isd.target import truncation
 
 QWEN3_VOCAB = 151_936
 BATCHES, STRIDES = (1, 8, 64), (2, 4, 8)
@@ -84,8 +85,8 @@ def sampling_rows(variant: str, batch: int, device: str, coupled: bool = True) -
         seed=torch.arange(batch, device=device) * 0x9E3779B97F4A7 + 1,
         coupled=torch.full((batch,), coupled, device=device),
         any_sampled=sampled,
-        any_truncated=sampled and (top_k < OFF or top_p < 1 or min_p > 0),
         any_rejection=sampled and not coupled,
+        **truncation([(top_k, top_p, min_p)]),
     )
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.kernels.harness import LIBRARY, OURS, REFERENCE, Arm, Case, Options
+from benchmarks.kernels.harness import KERNEL, LIBRARY, OURS, REFERENCE, Arm, Case, Options
 from benchmarks.kernels.inputs import Size, sizes
 from idlm_sglang.isd import noise, step_positions
 
@@ -82,6 +82,12 @@ def by_murmur(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch
     return unit.log_().clamp_(min=torch.finfo(torch.float64).min, max=-(2.0**-32)).neg_().log_().neg_().view(*positions.shape, vocab)
 
 
+def by_kernel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
+    from idlm_kernels.noise import gumbel
+
+    return gumbel(seeds, positions, vocab)[0]
+
+
 def arms_of(size: Size, options: Options) -> list[Arm]:
     seeds = torch.arange(size.batch, device=options.device) * 0x9E3779B97F4A7 + 1
     positions = step_positions(torch.arange(size.batch, device=options.device) * 37 + 100, size.width)
@@ -89,6 +95,7 @@ def arms_of(size: Size, options: Options) -> list[Arm]:
     keyless = "no key"
     return [
         Arm("ours", OURS, lambda: noise.gumbel(seeds, positions, size.vocab), check_bits),
+        Arm("Triton", KERNEL, lambda: by_kernel(seeds, positions, size.vocab), check_bits, needs_gpu=True, note="writes the bits, too"),
         Arm(f"hash, {CHECKED} tokens", REFERENCE, lambda: by_token(seeds, positions, size.vocab), timed=False),
         Arm("torch exponential_", LIBRARY, lambda: torch.empty(shape, device=options.device).exponential_().log_().neg_(), check_law, note=keyless),
         Arm("torch rand", LIBRARY, lambda: torch.rand(shape, device=options.device).clamp_min_(TINY).log_().neg_().log_().neg_(), check_law, note=keyless),

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.harness import OURS, REFERENCE, Arm, Case, Options, assert_equal
+from benchmarks.kernels.harness import KERNEL, OURS, REFERENCE, Arm, Case, Options, assert_equal
 from benchmarks.kernels.inputs import MASK, Size, sizes
 from idlm_sglang.isd import step_positions, step_tokens
 from idlm_sglang.isd.propose import Proposal
@@ -62,7 +62,19 @@ def slots_arms(size: Size, with_q: bool, options: Options) -> list[Arm]:
         out = (torch.stack([r[3] for r in rows]), torch.tensor(found, device=device), torch.stack([r[4] for r in rows]))
         return out + ((torch.stack([r[5] for r in rows]),) if with_q else ())
 
-    return [Arm("ours", OURS, ours), Arm("loop over requests", REFERENCE, in_loops)]
+    def by_kernels():
+        from idlm_kernels import slots as kernels
+
+        ones = torch.zeros(batch, dtype=torch.int32, device=device)
+        kernels.store(state, slots, numbers, seq_lens, ones, drafts, counts, counts, log_q)
+        found = kernels.load(state, slots, numbers, seq_lens, limits, numbers, k, table, MASK, 1 << 20)
+        return found.drafts, found.counts, found.log_q
+
+    arms = [Arm("ours", OURS, ours), Arm("loop over requests", REFERENCE, in_loops)]
+    if not with_q:
+        table = torch.zeros(batch + 1, 4096, dtype=torch.int32, device=device)
+        arms.append(Arm("Triton", KERNEL, by_kernels, needs_gpu=True, note="layout, positions and KV slots included"))
+    return arms
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.harness import FLOOR, LIBRARY, OURS, REFERENCE, Arm, Case, Options
+from benchmarks.kernels.harness import FLOOR, KERNEL, LIBRARY, OURS, REFERENCE, Arm, Case, Options
 from benchmarks.kernels.inputs import SAMPLING, Size, Step, sizes, step_of
 from benchmarks.kernels.target import by_row
-from benchmarks.kernels.verify import COUPLED, GREEDY, REJECTION, Chain, in_loops, sglang_rejection
+from benchmarks.kernels.verify import COUPLED, GREEDY, REJECTION, Chain, in_loops, kernel_rows, sglang_rejection
 from idlm_sglang.isd import isd_step, noise, step_positions
 from idlm_sglang.isd.verify import leading
 
@@ -43,6 +43,16 @@ def by_request(rule: str, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch
 def ours(step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = isd_step(step.logits.float(), *step.arguments[1:])
     return out.accept_lens.long(), out.last, out.proposal.drafts
+
+
+def by_kernels(step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`idlm_kernels.step`: the next drafts' q goes where this step's was."""
+    from idlm_kernels.step import isd_step as kernel_step
+
+    slots = torch.arange(len(step.drafts), device=step.drafts.device)
+    kept = None if step.q is None else step.q.clone()
+    found, _ = kernel_step(kernel_rows(step), step.rows, step.drafts, step.counts, step.log_q, step.limits, kept, slots)
+    return found.accept_lens.long(), found.last, found.drafts
 
 
 def check(got, want) -> None:
@@ -106,6 +116,7 @@ def arms_of(size: Size, sampling: str, rule: str, dtype: torch.dtype, options: O
     arms = [
         Arm("ours", OURS, lambda: ours(typed), check),
         Arm("loop over requests", REFERENCE, lambda: by_request(rule, typed)),
+        Arm("Triton", KERNEL, lambda: by_kernels(typed), check, needs_gpu=True, note="q is copied first" if rule == REJECTION else ""),
     ]
     if rule == GREEDY:
         arms.append(Arm("argmax of all rows", FLOOR, lambda: typed.logits.argmax(-1)))

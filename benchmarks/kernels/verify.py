@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.harness import LIBRARY, OURS, REFERENCE, Arm, Case, Options, assert_equal
+from benchmarks.kernels.harness import KERNEL, LIBRARY, OURS, REFERENCE, Arm, Case, Options, assert_equal
 from benchmarks.kernels.inputs import Size, Step, sizes, step_of
 from idlm_sglang.isd import isd_step, noise, step_positions, target_scores
 from idlm_sglang.isd.verify import accepted_by_rejection, leading, residual, valid_drafts
@@ -157,6 +157,29 @@ def check_ours(step: Step):
     return check
 
 
+def kernel_rows(step: Step):
+    """The step as the kernels take it."""
+    from idlm_kernels.rows import Rows, step_rows
+
+    return Rows(step.logits, *step_rows(step.counts, step.seq_lens, step.drafts.shape[1]))
+
+
+def by_kernel(step: Step):
+    """`idlm_kernels.verify` on draws that are there already."""
+    from idlm_kernels.choose import choose
+    from idlm_kernels.truncate import truncate
+    from idlm_kernels.verify import verify
+
+    rows = kernel_rows(step)
+    draws = truncate(rows, step.rows, choose(rows, step.rows))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        found = verify(rows, step.rows, draws, step.drafts, step.counts, step.log_q, step.limits, step.q)
+        return found.deciding, found.last
+
+    return run
+
+
 def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
     step = step_of(size, GREEDY if rule == GREEDY else "temperature", options.device, rule == COUPLED)
     scores = target_scores(step.logits[:, : size.stride], step.rows)
@@ -164,6 +187,8 @@ def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
         Arm("ours", OURS, lambda: ours(rule, step, scores), check_ours(step)),
         Arm("loop over drafts", REFERENCE, lambda: in_loops(rule, step, scores)),
     ]
+    ready = by_kernel(step) if options.device == "cuda" else None
+    arms.append(Arm("Triton", KERNEL, ready, check_ours(step), needs_gpu=True, note="from draws: without the argmax"))
     chain = Chain(step)
     if rule == GREEDY:
         arms.append(Arm("SGLang, tree", LIBRARY, lambda: sglang_greedy(chain, scores), needs_gpu=True))

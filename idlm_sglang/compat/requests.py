@@ -66,7 +66,7 @@ def scores_without_generating(req) -> bool:
 
 
 def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
-    """What: ``ForwardBatch.init_new`` leaves the rows' noise keys on ``sampling_info.idlm_seeds``.
+    """What: ``ForwardBatch.init_new`` leaves the rows' noise keys on ``sampling_info.idlm_seeds``, and what they truncate by beside it.
     Why: SGLang passes seeds to the sampler only under ``--enable-deterministic-inference``, and draws none of its own.
     Guard: the hook applied; seeded tests, and replays of unseeded answers at one token per step.
     Goes when: ``SamplingBatchInfo`` carries every request's seed.
@@ -84,10 +84,12 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     from idlm_sglang.engine.admission import plan_of
     from idlm_sglang.engine.requests import server_seed
     from idlm_sglang.engine.transfer import on_device
+    from idlm_sglang.isd.target import truncation
 
     plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
     if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
         return
+    info.idlm_truncation = truncation((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
     info.idlm_seeds = on_device(torch.tensor([plan.seed for plan in plans], dtype=torch.int64), batch.device)
 
 

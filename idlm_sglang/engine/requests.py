@@ -8,13 +8,12 @@ import torch
 from idlm_sglang.config import MAX_STRIDE, Settings
 from idlm_sglang.engine.penalties import penalised_rows
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.isd.target import SamplingRows
+from idlm_sglang.isd.target import SamplingRows, truncation
 
 STRIDE_PARAM = "idlm_stride"
 # Marks a repetition by the self-check: it is no service to a client.
 SELFCHECK_PARAM = "idlm_selfcheck"
 SELFCHECK = "selfcheck"
-_TOP_K_ALL = 1 << 30
 _INT64 = 1 << 64
 
 STRIDED, SINGLE, REFUSED = "strided", "single", "refused"
@@ -109,7 +108,8 @@ class BatchRows:
         self.penalised = penalised_rows(reqs, vocab, device)
         sampled = [r.sampling_params for r in reqs if r.sampling_params.top_k > 1]
         self.any_sampled = bool(sampled)
-        self.any_truncated = any(s.top_k < _TOP_K_ALL or s.top_p < 1.0 or s.min_p > 0 for s in sampled)
+        self.truncation = truncation((s.top_k, s.top_p, s.min_p) for s in sampled)
+        self.any_truncated = self.truncation["any_truncated"]
         self.any_rejection = any(not c and r.sampling_params.top_k > 1 for c, r in zip(coupled, reqs))
 
     def sampling(self, info) -> SamplingRows:
@@ -122,6 +122,6 @@ class BatchRows:
             seed=self.seeds,
             coupled=self.coupled,
             any_sampled=self.any_sampled,
-            any_truncated=self.any_truncated,
             any_rejection=self.any_rejection,
+            **self.truncation,
         )

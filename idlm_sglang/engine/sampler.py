@@ -27,6 +27,7 @@ class TokenKeyedSampler(Sampler):
 
     @staticmethod
     def _target(logits, info, seeds) -> torch.Tensor:
+        cut = {"any_truncated": info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling}
         rows = SamplingRows(
             temperature=info.temperatures.view(-1),
             top_k=info.top_ks,
@@ -35,8 +36,8 @@ class TokenKeyedSampler(Sampler):
             seed=seeds,
             coupled=torch.ones_like(info.top_ks, dtype=torch.bool),
             any_sampled=True,
-            any_truncated=info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling,
             any_rejection=False,
+            **getattr(info, "idlm_truncation", cut),
         )
         return target_scores(logits.float()[:, None], rows)[:, 0]
 

@@ -10,7 +10,7 @@ import torch
 
 from idlm_sglang.isd.layout import OFF, forks, row_offsets, step_tokens, visible_rows
 from idlm_sglang.isd.step import isd_step
-from idlm_sglang.isd.target import SamplingRows
+from idlm_sglang.isd.target import SamplingRows, truncation
 
 
 @dataclass
@@ -50,8 +50,8 @@ def one_row(temperature: float = 0.0, top_k: int = 1 << 30, top_p: float = 1.0, 
         seed=torch.tensor([seed], dtype=torch.int64),
         coupled=torch.tensor([coupled]),
         any_sampled=not greedy,
-        any_truncated=not greedy and (top_k < 1 << 30 or top_p < 1 or min_p > 0),
         any_rejection=not greedy and not coupled,
+        **truncation([(1 if greedy else top_k, top_p, min_p)]),
     )
 
 

@@ -2,9 +2,13 @@
 probabilities (the joint rule of SGLang's samplers). Ties are broken by the lower token id, so that the support of a
 row never depends on the batch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+
+# A top_k from here on is none at all.
+TOP_K_OFF = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class SamplingRows:
         any_sampled: some request is not greedy.
         any_truncated: some sampled request uses top-k, top-p or min-p.
         any_rejection: some sampled request uses the rejection rule.
+        largest_top_k: no truncating request has a larger top_k; None where one has none, or it is not known.
+        min_p_only: no sampled request uses top-k or top-p. These two save a sort of the vocabulary and change no result.
     """
 
     temperature: torch.Tensor
@@ -34,6 +40,8 @@ class SamplingRows:
     any_sampled: bool
     any_truncated: bool
     any_rejection: bool
+    largest_top_k: int | None = None
+    min_p_only: bool = False
 
     @property
     def greedy(self) -> torch.Tensor:
@@ -46,26 +54,62 @@ class SamplingRows:
         return replace(self, **tensors)
 
 
-def support(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def truncation(params: Iterable[tuple[int, float, float]]) -> dict:
+    """``any_truncated``, ``largest_top_k`` and ``min_p_only`` of :class:`SamplingRows` from the (top_k, top_p, min_p) of a batch, on the host."""
+    sampled = [one for one in params if one[0] > 1]
+    top_ks = [top_k for top_k, top_p, min_p in sampled if top_k < TOP_K_OFF or top_p < 1 or min_p > 0]
+    largest = max(top_ks, default=TOP_K_OFF)
+    return {
+        "any_truncated": bool(top_ks),
+        "largest_top_k": largest if largest < TOP_K_OFF else None,
+        "min_p_only": all(top_k >= TOP_K_OFF and top_p >= 1 for top_k, top_p, _ in sampled),
+    }
+
+
+def _ordered(probs: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``most`` largest of each row in falling order and their ids, equal ones by id: a stable sort's first columns."""
+    vocab = probs.shape[-1]
+    if most > vocab // 8:
+        ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
+        return ordered[..., :most], index[..., :most]
+    # One integer per token, as large as its probability and, among equals, the larger the lower its id: topk alone promises no order of equals.
+    last = torch.arange(vocab - 1, -1, -1, device=probs.device)
+    keys = (probs.contiguous().view(torch.int32).to(torch.int64) << 32) | last
+    index = vocab - 1 - (keys.topk(most).values & 0xFFFFFFFF)
+    return probs.gather(-1, index), index
+
+
+def support(
+    probs: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    largest_top_k: int | None = None,
+    min_p_only: bool = False,
+) -> torch.Tensor:
     """Which tokens survive top-k, top-p and min-p.
 
     Args:
         probs: ``(B, R, V)`` probabilities.
-        top_k, top_p, min_p: ``(B,)``, as in :class:`SamplingRows`.
+        top_k, top_p, min_p, largest_top_k, min_p_only: as in :class:`SamplingRows`; rows that truncate nothing may get any support.
 
     Returns:
         ``(B, R, V)`` bool; the most probable token always survives.
     """
-    ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
+    if min_p_only:
+        keep = probs >= probs.amax(-1, keepdim=True) * min_p[:, None, None]
+        return keep.scatter_(-1, probs.argmax(-1, keepdim=True), True)
+    vocab = probs.shape[-1]
+    ordered, index = _ordered(probs, vocab if largest_top_k is None else min(largest_top_k, vocab))
     # float64: a float32 scan rounds by its shape on CUDA, and the edge of the nucleus would move with the batch.
     before = torch.cumsum(ordered, dim=-1, dtype=torch.float64) - ordered
-    rank = torch.arange(probs.shape[-1], device=probs.device)
+    rank = torch.arange(ordered.shape[-1], device=probs.device)
     # Rounded probabilities may add up to more than 1; top-p 1 keeps the tail behind that point too.
     keep = (before <= top_p[:, None, None]) | (top_p[:, None, None] >= 1)
     keep &= rank < top_k[:, None, None].clamp(min=1)
     keep &= ordered >= ordered[..., :1] * min_p[:, None, None]
     keep[..., 0] = True
-    return torch.zeros_like(keep).scatter_(-1, index, keep)
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
 
 
 def target_scores(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -83,7 +127,7 @@ def target_scores(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         return logits
     scores = torch.log_softmax(logits / rows.temperature[:, None, None], dim=-1)
     if rows.any_truncated:
-        keep = support(scores.exp(), rows.top_k, rows.top_p, rows.min_p)
+        keep = support(scores.exp(), rows.top_k, rows.top_p, rows.min_p, rows.largest_top_k, rows.min_p_only)
         truncated = (rows.top_k < logits.shape[-1]) | (rows.top_p < 1) | (rows.min_p > 0)
         # Normalising twice moves last bits: a request that truncates nothing must not notice a batch-mate that does.
         renormalised = torch.log_softmax(scores.masked_fill(~keep, float("-inf")), dim=-1)

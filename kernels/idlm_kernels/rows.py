@@ -93,13 +93,16 @@ class Rows:
         return x.masked_fill((self.index < 0)[..., None], float("-inf"))
 
 
-def step_rows(counts: torch.Tensor, seq_lens: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def step_rows(counts: torch.Tensor, seq_lens: torch.Tensor, k: int, forks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Index and positions, both ``(B, 2K + 1)`` int64, of a step with ``counts`` drafts behind ``seq_lens`` tokens (both ``(B,)``).
 
-    Rows 0..c verify, rows c + 1..c + K propose; the padding behind them is not read.
+    Rows 0..c verify, rows c + 1..c + K propose; the padding behind them is not read. ``forks`` ``(B,)`` is how many drafts the proposing rows
+    saw (`isd.layout`); all of them without it.
     """
     row = torch.arange(2 * k + 1, device=counts.device)
-    return torch.where(row <= counts[:, None] + k, row, -1), seq_lens.long()[:, None] + row
+    counts = counts.long()[:, None]
+    back = 0 if forks is None else counts - forks.long()[:, None]
+    return torch.where(row <= counts + k, row, -1), seq_lens.long()[:, None] + torch.where(row > counts, row - back, row)
 
 
 @triton.jit

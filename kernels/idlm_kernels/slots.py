@@ -13,10 +13,11 @@ import triton.language as tl
 
 
 class State(Protocol):
-    """`engine.state.SlotState`: ``drafts (S, K')`` and ``counts (S,)`` int64, ``log_q (S, K')`` float32, ``numbers``, ``lengths`` ``(S,)`` int64."""
+    """`engine.state.SlotState`: ``drafts (S, K')`` int64, ``log_q (S, K')`` float32, the others ``(S,)`` int64 of one stride between slots."""
 
     drafts: torch.Tensor
     counts: torch.Tensor
+    clean_counts: torch.Tensor
     log_q: torch.Tensor
     numbers: torch.Tensor
     lengths: torch.Tensor
@@ -29,7 +30,8 @@ class StepInputs:
     Attributes:
         tokens: ``(B, W)`` int64 input ids. rotary: ``(B, W)`` int64 positions, none behind the last of the rotary table.
         kv_slots: ``(B, W)`` int64 from the page table. positions, index: ``(B, W)`` int64 for :class:`idlm_kernels.rows.Rows`.
-        drafts: ``(B, K)`` int64; counts: ``(B,)`` int64; log_q: ``(B, K)`` float32: what was carried.
+        drafts: ``(B, K)`` int64; counts, clean: ``(B,)`` int64; log_q: ``(B, K)`` float32: what was carried.
+        forks: ``(B,)`` int64, drafts that the MASK rows see.
     """
 
     tokens: torch.Tensor
@@ -39,57 +41,74 @@ class StepInputs:
     index: torch.Tensor
     drafts: torch.Tensor
     counts: torch.Tensor
+    clean: torch.Tensor
+    forks: torch.Tensor
     log_q: torch.Tensor
 
 
 @triton.jit
 def _load(
-    slots, numbers, seq_lens, limits, pending, kept_drafts, kept_counts, kept_log_q, kept_numbers, kept_lengths, most, table, table_width,
-    tokens_out, rotary_out, kv_out, positions_out, index_out, drafts_out, counts_out, log_q_out, mask_id, last_position,
-    K: tl.constexpr, COLUMNS: tl.constexpr,
+    slots, numbers, seq_lens, limits, pending, kept_drafts, kept_counts, kept_clean, kept_log_q, kept_numbers, kept_lengths,
+    stride_drafts, stride_head, stride_log_q, table, table_width, tokens_out, rotary_out, kv_out, positions_out, index_out,
+    drafts_out, counts_out, clean_out, forks_out, log_q_out, mask_id, last_position, K: tl.constexpr, COLUMNS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     slot = tl.load(slots + request).to(tl.int64)
     length = tl.load(seq_lens + request).to(tl.int64)
-    fits = (tl.load(kept_numbers + slot) == tl.load(numbers + request).to(tl.int64)) & (tl.load(kept_lengths + slot) == length)
-    count = tl.minimum(tl.minimum(tl.load(kept_counts + slot), tl.load(limits + request).to(tl.int64)), K)
+    head = slot * stride_head
+    fits = (tl.load(kept_numbers + head) == tl.load(numbers + request).to(tl.int64)) & (tl.load(kept_lengths + head) == length)
+    count = tl.minimum(tl.minimum(tl.load(kept_counts + head), tl.load(limits + request).to(tl.int64)), K)
     count = tl.where(fits, count, 0)
+    clean = tl.minimum(tl.load(kept_clean + head), count)
+    fork = clean if BRANCH else count
     tl.store(counts_out + request, count)
+    tl.store(clean_out + request, clean)
+    tl.store(forks_out + request, fork)
 
     column = tl.arange(0, COLUMNS)
     drafted = (column > 0) & (column <= K)
-    kept = slot * most + column - 1
-    draft = tl.load(kept_drafts + kept, mask=drafted, other=0)
+    draft = tl.load(kept_drafts + slot * stride_drafts + column - 1, mask=drafted, other=0)
+    log_q = tl.load(kept_log_q + slot * stride_log_q + column - 1, mask=drafted, other=0.0)
     tl.store(drafts_out + request * K + column - 1, draft, mask=drafted)
-    tl.store(log_q_out + request * K + column - 1, tl.load(kept_log_q + kept, mask=drafted, other=0.0), mask=drafted)
+    tl.store(log_q_out + request * K + column - 1, log_q, mask=drafted)
     token = tl.where(drafted & (column <= count), draft, mask_id)
     token = tl.where(column == 0, tl.load(pending + request).to(tl.int64), token)
 
     inside = column < 2 * K + 1
     place = request * (2 * K + 1) + column
-    position = length + column
+    stored_at = length + column
+    position = tl.where(column > count, stored_at - (count - fork), stored_at)
     tl.store(tokens_out + place, token, mask=inside)
     tl.store(positions_out + place, position, mask=inside)
     tl.store(rotary_out + place, tl.minimum(position, last_position), mask=inside)
     tl.store(index_out + place, tl.where(column <= count + K, column, -1).to(tl.int64), mask=inside)
-    kv = tl.load(table + slot * table_width + position, mask=inside & (position < table_width), other=0)
+    kv = tl.load(table + slot * table_width + stored_at, mask=inside & (stored_at < table_width), other=0)
     tl.store(kv_out + place, kv.to(tl.int64), mask=inside)
 
 
 @triton.jit
 def _store(
-    slots, numbers, seq_lens, accept_lens, drafts, counts, log_q, kept_drafts, kept_counts, kept_log_q, kept_numbers, kept_lengths, most,
-    K: tl.constexpr, COLUMNS: tl.constexpr,
+    slots, numbers, seq_lens, accept_lens, drafts, counts, clean, log_q, kept_drafts, kept_counts, kept_clean, kept_log_q, kept_numbers,
+    kept_lengths, stride_drafts, stride_head, stride_log_q, K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     slot = tl.load(slots + request).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    kept = slot * most + column
-    tl.store(kept_drafts + kept, tl.load(drafts + request * K + column, mask=column < K, other=0), mask=column < K)
-    tl.store(kept_log_q + kept, tl.load(log_q + request * K + column, mask=column < K, other=0.0), mask=column < K)
-    tl.store(kept_counts + slot, tl.load(counts + request).to(tl.int64))
-    tl.store(kept_numbers + slot, tl.load(numbers + request).to(tl.int64))
-    tl.store(kept_lengths + slot, tl.load(seq_lens + request).to(tl.int64) + tl.load(accept_lens + request).to(tl.int64))
+    head = slot * stride_head
+    tl.store(kept_drafts + slot * stride_drafts + column, tl.load(drafts + request * K + column, mask=column < K, other=0), mask=column < K)
+    tl.store(kept_log_q + slot * stride_log_q + column, tl.load(log_q + request * K + column, mask=column < K, other=0.0), mask=column < K)
+    tl.store(kept_counts + head, tl.load(counts + request).to(tl.int64))
+    tl.store(kept_clean + head, tl.load(clean + request).to(tl.int64))
+    tl.store(kept_numbers + head, tl.load(numbers + request).to(tl.int64))
+    tl.store(kept_lengths + head, tl.load(seq_lens + request).to(tl.int64) + tl.load(accept_lens + request).to(tl.int64))
+
+
+def _kept(state: State) -> tuple:
+    heads = (state.counts, state.clean_counts, state.numbers, state.lengths)
+    if len({part.stride(0) for part in heads}) > 1 or state.drafts.stride(1) != 1 or state.log_q.stride(1) != 1:
+        raise ValueError("columns of the state with different strides between slots, or drafts that are not side by side")
+    counts, clean, numbers, lengths = heads
+    return state.drafts, counts, clean, state.log_q, numbers, lengths, state.drafts.stride(0), counts.stride(0), state.log_q.stride(0)
 
 
 def load(
@@ -103,6 +122,7 @@ def load(
     table: torch.Tensor,
     mask_id: int,
     last_position: int,
+    branch: bool = False,
 ) -> StepInputs:
     """The inputs of one step.
 
@@ -111,20 +131,21 @@ def load(
         k: drafts per request in this step, at most the state's.
         table: ``(S, T)`` integer page table (`req_to_token`); rows behind T get KV slot 0, the padding slot.
         last_position: of the rotary table.
+        branch: survivors of a rejection are hidden from the MASK rows, which take the positions behind the clean drafts.
     """
     batch, width, most = len(slots), 2 * k + 1, state.drafts.shape[1]
     if k > most:
         raise ValueError(f"{k} drafts of slots that keep {most}; allowed: at most that")
     made = [torch.empty(batch, width, dtype=torch.int64, device=slots.device) for _ in range(5)]
-    drafts, counts = torch.empty(batch, k, dtype=torch.int64, device=slots.device), torch.empty(batch, dtype=torch.int64, device=slots.device)
+    drafts = torch.empty(batch, k, dtype=torch.int64, device=slots.device)
+    counts, clean, forks = (torch.empty(batch, dtype=torch.int64, device=slots.device) for _ in range(3))
     log_q = torch.empty(batch, k, device=slots.device)
     if batch:
         _load[(batch,)](
-            slots, numbers, seq_lens, limits, pending, state.drafts, state.counts, state.log_q, state.numbers, state.lengths, most,
-            table, table.stride(0), *made, drafts, counts, log_q, mask_id, last_position,
-            K=k, COLUMNS=triton.next_power_of_2(width), num_warps=1,
+            slots, numbers, seq_lens, limits, pending, *_kept(state), table, table.stride(0), *made, drafts, counts, clean, forks, log_q,
+            mask_id, last_position, K=k, COLUMNS=triton.next_power_of_2(width), BRANCH=branch, num_warps=1,
         )  # fmt: skip
-    return StepInputs(*made, drafts, counts, log_q)
+    return StepInputs(*made, drafts, counts, clean, forks, log_q)
 
 
 def store(
@@ -135,6 +156,7 @@ def store(
     accept_lens: torch.Tensor,
     drafts: torch.Tensor,
     counts: torch.Tensor,
+    clean: torch.Tensor,
     log_q: torch.Tensor,
 ) -> None:
     """Keep the next drafts of ``slots``, stamped with the request and its new length ``seq_lens + accept_lens`` (all ``(B,)`` integer).
@@ -144,12 +166,12 @@ def store(
     batch, k = drafts.shape
     if batch:
         _store[(batch,)](
-            slots, numbers, seq_lens, accept_lens, drafts.contiguous(), counts, log_q.contiguous(), state.drafts, state.counts, state.log_q,
-            state.numbers, state.lengths, state.drafts.shape[1], K=k, COLUMNS=triton.next_power_of_2(max(k, 1)), num_warps=1,
+            slots, numbers, seq_lens, accept_lens, drafts.contiguous(), counts, clean, log_q.contiguous(), *_kept(state),
+            K=k, COLUMNS=triton.next_power_of_2(max(k, 1)), num_warps=1,
         )  # fmt: skip
 
 
-def load_reference(state, slots, numbers, seq_lens, limits, pending, k, table, mask_id, last_position) -> StepInputs:
+def load_reference(state, slots, numbers, seq_lens, limits, pending, k, table, mask_id, last_position, branch=False) -> StepInputs:
     """:func:`load` in plain torch."""
     fits = (state.numbers[slots] == numbers) & (state.lengths[slots] == seq_lens)
     counts = torch.where(fits, torch.minimum(state.counts[slots], limits), 0).clamp(max=k)
@@ -157,15 +179,18 @@ def load_reference(state, slots, numbers, seq_lens, limits, pending, k, table, m
     tokens = torch.full((len(slots), 2 * k + 1), mask_id, dtype=torch.int64, device=slots.device)
     tokens[:, 0] = pending
     tokens[:, 1 : k + 1] = torch.where(column[:k] < counts[:, None], drafts, mask_id)
-    positions = seq_lens.long()[:, None] + column
-    kv = table[slots[:, None], positions.clamp(max=table.shape[1] - 1)].long().masked_fill(positions >= table.shape[1], 0)
+    clean = torch.minimum(state.clean_counts[slots], counts)
+    forks = clean if branch else counts
+    stored_at = seq_lens.long()[:, None] + column
+    positions = torch.where(column > counts[:, None], stored_at - (counts - forks)[:, None], stored_at)
+    kv = table[slots[:, None], stored_at.clamp(max=table.shape[1] - 1)].long().masked_fill(stored_at >= table.shape[1], 0)
     index = torch.where(column <= counts[:, None] + k, column, -1)
-    return StepInputs(tokens, positions.clamp(max=last_position), kv, positions, index, drafts, counts, state.log_q[slots, :k])
+    return StepInputs(tokens, positions.clamp(max=last_position), kv, positions, index, drafts, counts, clean, forks, state.log_q[slots, :k])
 
 
-def store_reference(state, slots, numbers, seq_lens, accept_lens, drafts, counts, log_q) -> None:
+def store_reference(state, slots, numbers, seq_lens, accept_lens, drafts, counts, clean, log_q) -> None:
     """:func:`store` in plain torch."""
     k = drafts.shape[1]
     state.drafts[slots, :k], state.log_q[slots, :k] = drafts, log_q
-    state.counts[slots], state.numbers[slots] = counts.long(), numbers.long()
+    state.counts[slots], state.clean_counts[slots], state.numbers[slots] = counts.long(), clean.long(), numbers.long()
     state.lengths[slots] = seq_lens.long() + accept_lens.long()

@@ -22,6 +22,8 @@ def isd_step(
     limits: torch.Tensor,
     q: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    forks: torch.Tensor | None = None,
+    salvage: bool = False,
 ) -> tuple[Verified, Draws]:
     """One step behind the forward pass; `idlm_sglang.isd.step.isd_step` is the same in plain torch.
 
@@ -31,9 +33,10 @@ def isd_step(
         limits: ``(B,)`` integer, the most drafts each request may carry next.
         q: ``(S, K', V)`` float32, the slots' distributions, read for this step's drafts and overwritten with the next ones'; needed where a
             request uses the rejection rule. slots: ``(B,)`` int64, each request's row of q.
+        forks, salvage: as for `idlm_sglang.isd.step.isd_step`.
     """
     draws = truncate(rows, sampling, choose(rows, sampling))
-    verified = verify(rows, sampling, draws, drafts, counts, log_q, limits, q, slots)
+    verified = verify(rows, sampling, draws, drafts, counts, log_q, limits, q, slots, forks, salvage)
     if sampling.any_rejection and q is not None:
-        store_q(rows, sampling, draws, counts + 1, drafts.shape[1], q, slots)
+        store_q(rows, sampling, draws, verified.columns, q, slots)
     return verified, draws

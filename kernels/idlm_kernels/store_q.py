@@ -16,13 +16,13 @@ from idlm_kernels.verify import law_reference
 @triton.jit
 def _write(
     logits, stride_b, stride_w, bias, bitmask, width, vocab, index, top, log_sum, edge, tie, log_kept,
-    coupled, temperature, top_k, top_p, min_p, first, columns, out, stride_slot, stride_out, slots, K: tl.constexpr, BLOCK: tl.constexpr,
+    coupled, temperature, top_k, top_p, min_p, source, columns, out, stride_slot, stride_out, slots, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     request, j = tl.program_id(0) // K, tl.program_id(0) % K
     t, greedy, truncated = sampling_of(request, temperature, top_k, top_p, min_p, vocab)
     if greedy | (tl.load(coupled + request) != 0):
         return
-    row = request * columns + tl.load(first + request).to(tl.int32) + j
+    row = request * columns + tl.load(source + request * K + j)
     number = tl.load(index + row)
     if number < 0:
         return
@@ -37,25 +37,26 @@ def _write(
     tl.store(out + place + tokens, tl.exp(log_p), mask=tokens < vocab)
 
 
-def store_q(rows: Rows, sampling: Sampling, draws: Draws, first: torch.Tensor, k: int, out: torch.Tensor, slots: torch.Tensor, block: int = BLOCK) -> None:
-    """``out[slots[b], j] = p`` of column ``first[b] + j`` for j < k, for the sampled requests of the rejection rule.
+def store_q(rows: Rows, sampling: Sampling, draws: Draws, source: torch.Tensor, out: torch.Tensor, slots: torch.Tensor, block: int = BLOCK) -> None:
+    """``out[slots[b], j] = p`` of column ``source[b, j]``, for the sampled requests of the rejection rule.
 
     Args:
-        first: ``(B,)`` integer, the first proposing column (``counts + 1``).
-        out: ``(S, K', V)`` float32, ``K' >= k``, unit stride along V. slots: ``(B,)`` integer, each at most once.
+        source: ``(B, K)`` int32, contiguous: `Verified.columns`.
+        out: ``(S, K', V)`` float32, ``K' >= K``, unit stride along V. slots: ``(B,)`` integer, each at most once.
     """
     batch, _, columns, vocab = rows.shape
+    k = source.shape[1]
     if not batch or not k or not sampling.any_rejection:
         return
     _write[(batch * k, triton.cdiv(vocab, block))](
         *rows.pointers, rows.index, *draws.law, sampling.coupled.view(torch.uint8), sampling.temperature, sampling.top_k, sampling.top_p,
-        sampling.min_p, first, columns, out, out.stride(0), out.stride(1), slots, K=k, BLOCK=block, num_warps=WARPS, **EXACT,
+        sampling.min_p, source, columns, out, out.stride(0), out.stride(1), slots, K=k, BLOCK=block, num_warps=WARPS, **EXACT,
     )  # fmt: skip
 
 
-def store_q_reference(rows: Rows, sampling: Sampling, draws: Draws, first: torch.Tensor, k: int, out: torch.Tensor, slots: torch.Tensor) -> None:
+def store_q_reference(rows: Rows, sampling: Sampling, draws: Draws, source: torch.Tensor, out: torch.Tensor, slots: torch.Tensor) -> None:
     """:func:`store_q` in plain torch, one request at a time."""
     p = law_reference(rows, sampling, draws).exp()
     for b in range(len(slots)):
         if int(sampling.top_k[b]) > 1 and not bool(sampling.coupled[b]):
-            out[int(slots[b]), :k] = p[b, int(first[b]) : int(first[b]) + k]
+            out[int(slots[b]), : source.shape[1]] = p[b, source[b].long()]

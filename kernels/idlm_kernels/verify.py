@@ -3,7 +3,8 @@
     matching (greedy and coupled)   a draft stands where its row drew the same token; the first row that drew another one decides
     rejection                       a draft x stands where u < p(x) / q(x); at the first that falls max(0, p - q) decides, behind the last one p
 
-Column i of the draws is row i: 0..c verify (c drafts), c + 1..c + K propose (:func:`idlm_kernels.rows.step_rows`).
+Column i of the draws is row i: 0..c verify (c drafts), c + 1..c + K propose (:func:`idlm_kernels.rows.step_rows`). Which of them give the next
+drafts is `isd.propose`'s rule: entries j + 1..j + K of the spine (rows 0..f, then the proposing ones) behind j accepted drafts.
 
 Matching is one launch, one program per request. Rejection is two: the deciding row and its q are read once, spread over several programs per request,
 which draw from max(0, p - q) and from p at the same time (p where p - q leaves nothing, and behind the last draft); the second launch joins them.
@@ -32,7 +33,8 @@ class Verified:
         tokens: ``(B, K + 1)`` int64, of which the first ``accept_lens`` are committed. accept_lens: ``(B,)`` int32.
         last: ``(B,)`` int64, the last committed token. deciding: ``(B,)`` int64, the row that gave it.
         introspection: ``(B,)`` float32, the sum of min(1, p / q) over the drafts that were tried.
-        drafts: ``(B, K)`` int64, the next ones; counts: ``(B,)`` int64, how many of them are valid; log_q: ``(B, K)`` float32.
+        drafts: ``(B, K)`` int64, the next ones; counts, clean: ``(B,)`` int64, how many of them are valid, and how many are no survivors.
+        log_q: ``(B, K)`` float32. columns: ``(B, K)`` int32, the column that each of them is from.
     """
 
     tokens: torch.Tensor
@@ -42,7 +44,9 @@ class Verified:
     introspection: torch.Tensor
     drafts: torch.Tensor
     counts: torch.Tensor
+    clean: torch.Tensor
     log_q: torch.Tensor
+    columns: torch.Tensor
 
 
 @triton.jit
@@ -139,8 +143,8 @@ def _residual(
 def _commit(
     logits, stride_b, stride_w, bias, bitmask, width, vocab, index, top, log_sum, edge, tie, log_kept,
     positions, seeds, drafts, drawn, q, stride_slot, stride_q, q_rows, counts, coupled, temperature, top_k, top_p, min_p, bests, chosen, columns,
-    drawn_log_p, log_q, limits, tokens_out, lens_out, last_out, deciding_out, introspection_out, drafts_out, counts_out, log_q_out,
-    K: tl.constexpr, SPLITS: tl.constexpr,
+    drawn_log_p, log_q, limits, forks, tokens_out, lens_out, last_out, deciding_out, introspection_out, drafts_out, counts_out, clean_out,
+    log_q_out, columns_out, K: tl.constexpr, SPLITS: tl.constexpr, SALVAGE: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     t, greedy, truncated = sampling_of(request, temperature, top_k, top_p, min_p, vocab)
@@ -160,6 +164,12 @@ def _commit(
             by_p = tl.min(tl.where(p == tl.max(p), tl.load(chosen + split + 1), vocab - 1))
             last = tl.where(best_left > -float("inf"), by_left, by_p).to(tl.int64)
 
+    fork = count
+    if forks is not None:
+        fork = tl.load(forks + request).to(tl.int32)
+    behind = fork
+    if SALVAGE:
+        behind = run
     introspection = 0.0
     for i in tl.static_range(K):
         tl.store(tokens_out + request * (K + 1) + i, tl.where(i < run, tl.load(drafts + request * K + i), last))
@@ -174,16 +184,21 @@ def _commit(
                 )  # fmt: skip
                 ratio = tl.exp(tl.minimum(log_p - tl.load(log_q + request * K + i), 0.0))
                 introspection += tl.where(ratio == ratio, ratio, 0.0)
-        proposing = request * columns + count + 1 + i
-        tl.store(drafts_out + request * K + i, tl.load(drawn + proposing))
-        tl.store(log_q_out + request * K + i, tl.load(drawn_log_p + proposing))
+        # Entries behind the spine's end are not counted; they only have to be some column.
+        entry = behind + 1 + i
+        column = tl.minimum(tl.where(entry <= fork, entry, count + entry - fork), count + K)
+        tl.store(columns_out + request * K + i, column)
+        tl.store(drafts_out + request * K + i, tl.load(drawn + request * columns + column))
+        tl.store(log_q_out + request * K + i, tl.load(drawn_log_p + request * columns + column))
     tl.store(tokens_out + request * (K + 1) + K, last)
     tl.store(lens_out + request, (run + 1).to(tl.int32))
     tl.store(last_out + request, last)
     tl.store(deciding_out + request, run.to(tl.int64))
     tl.store(introspection_out + request, introspection)
-    limit = tl.minimum(tl.load(limits + request).to(tl.int64), K)
-    tl.store(counts_out + request, tl.where(run == count, limit, 0))
+    ahead = tl.minimum(tl.load(limits + request).to(tl.int64), K - tl.maximum(run - fork, 0))
+    clean = tl.where(run >= fork, ahead, 0)
+    tl.store(clean_out + request, clean)
+    tl.store(counts_out + request, ahead if SALVAGE else clean)
 
 
 def verify(
@@ -196,6 +211,8 @@ def verify(
     limits: torch.Tensor,
     q: torch.Tensor | None = None,
     q_rows: torch.Tensor | None = None,
+    forks: torch.Tensor | None = None,
+    salvage: bool = False,
     splits: int | None = None,
     block: int = BLOCK,
 ) -> Verified:
@@ -207,6 +224,7 @@ def verify(
         drafts: ``(B, K)`` int64; counts: ``(B,)`` integer; log_q: ``(B, K)`` float32; limits: ``(B,)`` integer, as for `isd.step.isd_step`.
         q: ``(S, K', V)`` float32 probabilities the drafts were drawn from, ``K' >= K``; needed where a sampled request rejects.
         q_rows: ``(B,)`` int64, the first index into q of each request; the requests in order without it.
+        forks: ``(B,)`` integer, drafts the proposing rows saw; all without it. salvage: a rejection leaves survivors.
         splits: programs per request that draw the correction, a power of two. No result depends on it.
     """
     _, _, columns, vocab = rows.shape
@@ -230,7 +248,8 @@ def verify(
     int64 = dict(dtype=torch.int64, device=device)
     tokens, last, deciding = torch.empty(batch, k + 1, **int64), torch.empty(batch, **int64), torch.empty(batch, **int64)
     lens, introspection = torch.empty(batch, dtype=torch.int32, device=device), torch.empty(batch, device=device)
-    next_drafts, next_counts, next_log_q = torch.empty(batch, k, **int64), torch.empty(batch, **int64), torch.empty(batch, k, device=device)
+    next_drafts, next_counts, clean = torch.empty(batch, k, **int64), torch.empty(batch, **int64), torch.empty(batch, **int64)
+    next_log_q, source = torch.empty(batch, k, device=device), torch.empty(batch, k, dtype=torch.int32, device=device)
     bests = torch.empty(batch, splits, 2, device=device) if rejecting else None
     chosen = torch.empty(batch, splits, 2, dtype=torch.int32, device=device) if rejecting else None
     shared = (
@@ -241,10 +260,10 @@ def verify(
         _residual[(batch, splits)](*shared, blocks, K=k, SPLITS=splits, BLOCK=block, num_warps=WARPS, **EXACT)
     if batch:
         _commit[(batch,)](
-            *shared, draws.log_p, log_q, limits, tokens, lens, last, deciding, introspection, next_drafts, next_counts, next_log_q,
-            K=k, SPLITS=splits, num_warps=1, **EXACT,
+            *shared, draws.log_p, log_q, limits, forks, tokens, lens, last, deciding, introspection, next_drafts, next_counts, clean,
+            next_log_q, source, K=k, SPLITS=splits, SALVAGE=salvage, num_warps=1, **EXACT,
         )  # fmt: skip
-    return Verified(tokens, lens, last, deciding, introspection, next_drafts, next_counts, next_log_q)
+    return Verified(tokens, lens, last, deciding, introspection, next_drafts, next_counts, clean, next_log_q, source)
 
 
 def law_reference(rows: Rows, sampling: Sampling, draws: Draws) -> torch.Tensor:
@@ -259,7 +278,7 @@ def law_reference(rows: Rows, sampling: Sampling, draws: Draws) -> torch.Tensor:
     return torch.where(keep, log_p - draws.log_kept[..., None], float("-inf"))
 
 
-def verify_reference(rows, sampling, draws, drafts, counts, log_q, limits, q=None, q_rows=None) -> Verified:
+def verify_reference(rows, sampling, draws, drafts, counts, log_q, limits, q=None, q_rows=None, forks=None, salvage=False) -> Verified:
     """:func:`verify` in plain torch, one request and one draft at a time."""
     vocab, (batch, k) = rows.logits.shape[-1], drafts.shape
     log_p = law_reference(rows, sampling, draws)
@@ -288,9 +307,15 @@ def verify_reference(rows, sampling, draws, drafts, counts, log_q, limits, q=Non
         else:
             ratios = [float((log_p[b, i, int(drafts[b, i])] - log_q[b, i]).clamp(max=0).exp()) for i in tried]
             introspection = sum(r for r in ratios if r == r)
-        fresh = slice(count + 1, count + 1 + k)
+        fork = count if forks is None else int(forks[b])
+        spine = [*range(fork + 1), *range(count + 1, count + 1 + k)]
+        ahead = spine[(run if salvage else fork) + 1 :][:k]
+        fresh = ahead + [count + k] * (k - len(ahead))
         tokens = drafts[b, :run].tolist() + [last] * (k + 1 - run)
-        standing = min(int(limits[b]), k) if run == count else 0
-        out.append((tokens, run + 1, last, run, introspection, draws.tokens[b, fresh].tolist(), standing, draws.log_p[b, fresh].tolist()))
-    types = (torch.int64, torch.int32, torch.int64, torch.int64, torch.float32, torch.int64, torch.int64, torch.float32)
+        most = min(int(limits[b]), k - max(run - fork, 0))
+        clean = most if run >= fork else 0
+        next_ = (draws.tokens[b, fresh].tolist(), most if salvage else clean, clean, draws.log_p[b, fresh].tolist(), fresh)
+        out.append((tokens, run + 1, last, run, introspection, *next_))
+    integer, real = torch.int64, torch.float32
+    types = (integer, torch.int32, integer, integer, real, integer, integer, integer, real, torch.int32)
     return Verified(*(torch.tensor(part, dtype=dtype, device=drafts.device) for part, dtype in zip(zip(*out), types)))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kernels import page_table, penalties, propose, state, step, target, verify
+from benchmarks.kernels import choose, page_table, penalties, propose, state, step, target, verify
 from benchmarks.kernels.harness import LIBRARY, OPS, OURS, REFERENCE, Arm, Case, Options, main, measure
 from idlm_sglang.engine import sampler
 from idlm_sglang.engine.grammar import GrammarStep
@@ -52,6 +52,7 @@ BROKEN = {
     "target": (target, "target_scores", untruncated),
     "noise": (noise, "gumbel", lambda op: lambda seeds, positions, *rest: op(seeds, positions + 1, *rest)),
     "verify": (verify, "leading", lambda op: lambda accepted: (op(accepted) + 1) % (accepted.shape[1] + 1)),
+    "choose": (choose, "target_scores", untruncated),
     "propose": (propose, "propose", lambda op: lambda *args: replace(op(*args), drafts=op(*args).drafts + 1)),
     "step": (step, "isd_step", lambda op: lambda *args: replace(op(*args), last=op(*args).last + 1)),
     "sampler": (sampler, "target_scores", untruncated),

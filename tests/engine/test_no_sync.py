@@ -55,6 +55,8 @@ def fake_rows(device, rejection):
         greedy=column(False, torch.bool),
         any_sampled=True,
         any_truncated=True,
+        largest_top_k=20,
+        min_p_only=False,
         any_rejection=rejection,
     )
     return SimpleNamespace(

@@ -10,6 +10,7 @@ from scipy import stats
 
 from idlm_sglang.isd import OFF as DROPPED
 from idlm_sglang.isd import SamplingRows, StepOutcome, isd_step, layout, step_tokens
+from idlm_sglang.isd.target import truncation
 
 OFF = 1 << 30
 NEG = float("-inf")
@@ -44,8 +45,8 @@ def sampling_rows(params: list[Params], seeds: torch.Tensor) -> SamplingRows:
         seed=seeds.to(torch.int64),
         coupled=torch.tensor([row.coupled for row in params]),
         any_sampled=bool(sampled),
-        any_truncated=any(row.truncated for row in sampled),
         any_rejection=any(not row.coupled for row in sampled),
+        **truncation((row.top_k, row.top_p, row.min_p) for row in params),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from idlm_sglang.isd.target import support, target_scores
 from tests.isd.reference import GREEDY, NEG, OFF, Params, sampling_rows, target_probs
@@ -223,3 +224,27 @@ def test_flags_may_say_more_than_the_batch_needs():
     rows = sampling_rows(params, torch.arange(3))
     assert not rows.any_truncated
     assert torch.equal(target_scores(logits, replace(rows, any_truncated=True)), target_scores(logits, rows))
+
+
+@pytest.mark.parametrize("step", [0.0, 0.5])
+@pytest.mark.parametrize("vocab", [100, 1_003])
+def test_the_ways_around_a_sort_keep_exactly_what_the_sort_keeps(vocab, step):
+    """Small top-k and min-p alone, random rows and rows full of ties: equal supports and equal bits of the scores."""
+    logits = random_logits(len(PARAMS), 4, vocab, vocab)
+    logits = (logits / step).round() * step if step else logits
+    small = [replace(one, top_k=min(one.top_k, 50)) for one in PARAMS if one.top_k > 1]
+    min_p = [Params(min_p=value) for value in (0.001, 0.3, 1.0, 1.5)] + [GREEDY, Params()]
+    for params, changed in ((small, {"largest_top_k": None}), (min_p, {"min_p_only": False})):
+        rows = sampling_rows(params, torch.arange(len(params)))
+        assert rows.min_p_only if params is min_p else rows.largest_top_k == 50
+        line = logits[: len(params)]
+        assert torch.equal(target_scores(line, rows), target_scores(line, replace(rows, **changed)))
+    mixed = sampling_rows([*small, Params(top_p=0.9)], torch.arange(len(small) + 1))
+    assert mixed.largest_top_k is None and not mixed.min_p_only
+
+
+def test_the_ways_around_a_sort_never_ask_for_a_value():
+    rows = sampling_rows([Params(top_k=5), Params(min_p=0.1)], torch.arange(2))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for changed in ({"largest_top_k": 5}, {"min_p_only": True}):
+            assert target_scores(torch.empty(2, 3, 100), replace(rows, **changed)).shape == (2, 3, 100)

@@ -38,9 +38,9 @@ def random_logits(batch: int, width: int, vocab: int, seed: int, device: str, st
     return logits.to(device)
 
 
-def rows_of(logits: torch.Tensor, counts: torch.Tensor, seq_lens: torch.Tensor, **terms) -> Rows:
+def rows_of(logits: torch.Tensor, counts: torch.Tensor, seq_lens: torch.Tensor, forks: torch.Tensor | None = None, **terms) -> Rows:
     k = (logits.shape[1] - 1) // 2
-    return Rows(logits, *step_rows(counts, seq_lens, k), **terms)
+    return Rows(logits, *step_rows(counts, seq_lens, k, forks), **terms)
 
 
 def packed(allowed: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ def launch_all(device: str, dtype: torch.dtype, terms: bool, batch: int = 64, k:
     width = 2 * k + 1
     empty = lambda *shape, dtype=torch.int64: torch.empty(shape, dtype=dtype, device=device)
     state = SimpleNamespace(
-        drafts=empty(batch + 1, k), counts=empty(batch + 1), log_q=empty(batch + 1, k, dtype=torch.float32), numbers=empty(batch + 1), lengths=empty(batch + 1)
+        drafts=empty(batch + 1, k), counts=empty(batch + 1), clean_counts=empty(batch + 1), log_q=empty(batch + 1, k, dtype=torch.float32), numbers=empty(batch + 1), lengths=empty(batch + 1)
     )
     ids = empty(batch)
     inputs = slots.load(state, ids, ids, ids, ids, ids, k, empty(batch + 1, 4096, dtype=torch.int32), 3, 4095)
@@ -30,6 +30,6 @@ def launch_all(device: str, dtype: torch.dtype, terms: bool, batch: int = 64, k:
             seed=ids, coupled=empty(batch, dtype=torch.bool), any_truncated=truncated, any_rejection=rejection,
         )  # fmt: skip
         q = empty(batch + 1, k, vocab, **f32) if rejection else None
-        verified, _ = isd_step(rows, sampling, inputs.drafts, inputs.counts, inputs.log_q, ids, q, ids)
-    slots.store(state, ids, ids, ids, verified.accept_lens, verified.drafts, verified.counts, verified.log_q)
+        verified, _ = isd_step(rows, sampling, inputs.drafts, inputs.counts, inputs.log_q, ids, q, ids, inputs.forks, truncated)
+    slots.store(state, ids, ids, ids, verified.accept_lens, verified.drafts, verified.counts, verified.clean, verified.log_q)
     noise.gumbel(ids[:1], positions[:1], vocab)

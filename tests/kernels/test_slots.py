@@ -1,25 +1,28 @@
 """Step inputs and kept drafts by slot: equal to the plain-torch layout and state, stamps included."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from idlm_kernels import slots
-from idlm_sglang.isd import step_positions, step_tokens
+from idlm_sglang.engine.state import SlotState
+from idlm_sglang.isd import row_offsets, step_positions, step_tokens
 
 MASK = 3
 
 
-def state_of(device, count=9, drafts=3):
+KEPT = ("drafts", "counts", "clean_counts", "log_q", "numbers", "lengths")
+
+
+def state_of(device, count=9, drafts=3) -> SlotState:
     random = torch.Generator().manual_seed(0)
-    return SimpleNamespace(
-        drafts=torch.randint(4, 99, (count, drafts), generator=random).to(device),
-        counts=torch.tensor([0, 3, 3, 2, 1, 3, 3, 0, 2], device=device),
-        log_q=torch.randn(count, drafts, generator=random).to(device),
-        numbers=(torch.arange(count) + 40).to(device),
-        lengths=(torch.arange(count) * 5).to(device),
-    )
+    state = SlotState(count, drafts, 99, False, device)
+    state.drafts.copy_(torch.randint(4, 99, (count, drafts), generator=random))
+    state.counts.copy_(torch.tensor([0, 3, 3, 2, 1, 3, 3, 0, 2]))
+    state.clean_counts.copy_(torch.tensor([0, 3, 0, 2, 1, 0, 3, 0, 2]))
+    state.log_q.copy_(torch.randn(count, drafts, generator=random))
+    state.numbers.copy_(torch.arange(count) + 40)
+    state.lengths.copy_(torch.arange(count) * 5)
+    return state
 
 
 def batch_of(device):
@@ -34,17 +37,24 @@ def batch_of(device):
     return [part.to(device) for part in (at, numbers, seq_lens, limits, pending, table)]
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_inputs_are_those_of_layout_state_and_page_table(k, device):
+@pytest.mark.parametrize("k, branch", [(1, False), (2, True), (3, False), (3, True)])
+def test_inputs_are_those_of_layout_state_and_page_table(k, branch, device):
     state = state_of(device)
     at, numbers, seq_lens, limits, pending, table = batch_of(device)
-    arguments = (state, at, numbers, seq_lens, limits, pending, k, table, MASK, 41)
+    arguments = (state, at, numbers, seq_lens, limits, pending, k, table, MASK, 41, branch)
     got, want = slots.load(*arguments), slots.load_reference(*arguments)
     for name in vars(want):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert got.counts.tolist() == [min(k, c) for c in (3, 3, 0, 0, 1, 0)]
+    carried = state.load(at, numbers, seq_lens, limits, k, False)
+    for name in ("drafts", "counts", "log_q", "clean"):
+        assert torch.equal(getattr(got, name), getattr(carried, name)), name
     assert torch.equal(got.tokens, step_tokens(pending, got.drafts, got.counts, MASK))
-    assert torch.equal(got.positions, step_positions(seq_lens, 2 * k + 1)) and int(got.rotary.max()) == 41
+    width, seen = 2 * k + 1, got.clean if branch else got.counts
+    assert torch.equal(got.forks, seen) and torch.equal(got.positions, seq_lens.long()[:, None] + row_offsets(got.counts, seen, width))
+    at_columns = step_positions(seq_lens, width)
+    inside = at_columns < table.shape[1]
+    assert torch.equal(got.kv_slots[inside], table[at[:, None], at_columns.clamp(max=43)].long()[inside]) and int(got.rotary.max()) == 41
     assert (got.kv_slots[5] == 0).sum() >= (40 + 2 * k + 1) - 44
 
 
@@ -54,14 +64,14 @@ def test_what_is_stored_comes_back_to_the_same_request_at_its_new_length_only(de
     random = torch.Generator().manual_seed(2)
     drafts, log_q = torch.randint(4, 99, (6, 2), generator=random).to(device), torch.randn(6, 2, generator=random).to(device)
     counts, accept_lens = torch.tensor([2, 0, 2, 1, 2, 2], device=device), torch.tensor([1, 3, 2, 1, 1, 2], dtype=torch.int32, device=device)
-    slots.store(state, at, numbers, seq_lens, accept_lens, drafts, counts, log_q)
-    slots.store_reference(plain, at, numbers, seq_lens, accept_lens, drafts, counts, log_q)
-    for name in vars(plain):
+    slots.store(state, at, numbers, seq_lens, accept_lens, drafts, counts, counts // 2, log_q)
+    slots.store_reference(plain, at, numbers, seq_lens, accept_lens, drafts, counts, counts // 2, log_q)
+    for name in KEPT:
         assert torch.equal(getattr(state, name), getattr(plain, name)), name
     many = torch.full((6,), 3, device=device)
     again = lambda numbers, lengths: slots.load(state, at, numbers, lengths, many, pending, 2, table, MASK, 41)
     back = again(numbers, seq_lens + accept_lens)
-    assert torch.equal(back.counts, counts) and torch.equal(back.drafts, drafts) and torch.equal(back.log_q, log_q)
+    assert torch.equal(back.counts, counts) and torch.equal(back.clean, counts // 2) and torch.equal(back.drafts, drafts) and torch.equal(back.log_q, log_q)
     assert not again(numbers, seq_lens).counts.any() and not again(numbers + 1, seq_lens + accept_lens).counts.any()
 
 

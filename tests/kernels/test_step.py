@@ -19,25 +19,28 @@ from tests.kernels.test_verify import step_of
 tl = choosing.tl
 
 
-@settings(max_examples=5 if INTERPRETED else 200, deadline=None, derandomize=True)
-@given(st.integers(0, 3), st.lists(st.sampled_from(MIXED), min_size=1, max_size=5), st.integers(3, 140), st.integers(0, 2**20))
-def test_same_seeds_same_tokens_as_plain_torch(k, params, vocab, seed):
-    """Random mixtures of rules, counts, limits and vocabularies: committed tokens, next drafts, counts, log q, q, introspection."""
+@settings(max_examples=4 if INTERPRETED else 200, deadline=None, derandomize=True)
+@given(st.integers(0, 3), st.booleans(), st.lists(st.sampled_from(MIXED), min_size=1, max_size=5), st.integers(3, 140), st.integers(0, 2**20))
+def test_same_seeds_same_tokens_as_plain_torch(k, salvage, params, vocab, seed):
+    """Random mixtures of rules, counts, limits and vocabularies, linear and branch rounds: committed tokens, next drafts, counts, log q, q, introspection."""
     device = "cpu" if INTERPRETED else "cuda"
-    rows, sampling, _, (drafts, counts, log_q, limits), q = step_of(params, k, vocab, seed, device)
+    rows, sampling, _, (drafts, counts, log_q, limits), q = step_of(params, k, vocab, seed, device, branch=salvage)
+    forks = counts // 2 if salvage else counts
     drafts = drafts.where(torch.arange(k, device=device) < counts[:, None], 0)
     seq_lens = rows.positions[:, 0]
-    want = isd.isd_step(rows.logits, drafts, counts, log_q, q, limits, seq_lens, sampling)
+    want = isd.isd_step(rows.logits, drafts, counts, log_q, q, limits, seq_lens, sampling, forks, salvage)
     kept = q.clone()
-    got, _ = isd_step(rows, sampling, drafts, counts, log_q, limits, kept, torch.arange(len(params), device=device))
+    got, _ = isd_step(rows, sampling, drafts, counts, log_q, limits, kept, torch.arange(len(params), device=device), forks, salvage)
     committed = torch.arange(k + 1, device=device) < want.accept_lens[:, None]
     assert torch.equal(got.accept_lens, want.accept_lens) and torch.equal(got.deciding, want.deciding)
     assert torch.equal(got.tokens[committed], want.tokens[committed]) and torch.equal(got.last, want.last)
-    assert torch.equal(got.drafts, want.proposal.drafts) and torch.equal(got.counts, want.proposal.counts)
+    assert torch.equal(got.counts, want.proposal.counts) and torch.equal(got.clean, want.proposal.clean)
+    valid = torch.arange(k, device=device) < got.counts[:, None]
+    assert torch.equal(got.drafts[valid], want.proposal.drafts[valid])
     close = dict(rtol=1e-5, atol=2e-6, equal_nan=True)
     torch.testing.assert_close(got.introspection, want.introspection, **close)
-    torch.testing.assert_close(got.log_q, want.proposal.log_q, **close)
-    rejecting = (sampling.top_k > 1) & ~sampling.coupled
+    torch.testing.assert_close(got.log_q[valid], want.proposal.log_q[valid], **close)
+    rejecting = ((sampling.top_k > 1) & ~sampling.coupled)[:, None] & valid
     if sampling.any_rejection:
         torch.testing.assert_close(kept[rejecting], want.proposal.q[rejecting], **close)
 
@@ -61,7 +64,7 @@ def first_tokens(rule: Params, device: str, batch: int) -> np.ndarray:
 
 RULES = {"coupled": Params(temperature=0.8, coupled=True), "rejection": Params(temperature=0.8)}
 # An interpreted request takes a fifteenth of a second. That the tokens are those of plain torch, whose laws are tested on 200,000, is shown above.
-BATCH = 60 if INTERPRETED else 20_000
+BATCH = 50 if INTERPRETED else 20_000
 
 
 def p_value(rule: Params, device: str, batch: int = BATCH) -> float:
@@ -90,9 +93,9 @@ def lenient(seed, position, stream: tl.constexpr):
 @pytest.mark.parametrize("name, module, function, planted", [("coupled", choosing, "gumbel_of", flatter), ("rejection", verifying, "uniform_of", lenient)])
 def test_a_wrong_noise_or_acceptance_fails_the_distribution_test(name, module, function, planted, device, monkeypatch):
     monkeypatch.setattr(module, function, planted)
-    p = p_value(RULES[name], device, 40)
+    p = p_value(RULES[name], device, 30)
     print(f"{name} with {function} replaced: p = {p:.1e}")
-    assert p < 1e-4
+    assert p < 1e-3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

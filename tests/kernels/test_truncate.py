@@ -37,8 +37,8 @@ def probabilities(rows, sampling, draws):
     batch, _, columns, vocab = rows.shape
     out = torch.full((batch, columns, vocab), float("nan"), device=rows.logits.device)
     every = type(sampling)(**(vars(sampling) | dict(coupled=torch.zeros_like(sampling.coupled), any_rejection=True)))
-    first = torch.zeros(batch, dtype=torch.int64, device=rows.logits.device)
-    store_q(rows, every, draws, first, columns, out, torch.arange(batch, device=rows.logits.device), block=256)
+    source = torch.arange(columns, dtype=torch.int32, device=rows.logits.device).repeat(batch, 1)
+    store_q(rows, every, draws, source, out, torch.arange(batch, device=rows.logits.device), block=256)
     return out
 
 
@@ -61,6 +61,17 @@ def test_the_support_is_exactly_that_of_the_joint_rule(step, device):
     print(f"step {step}: tokens kept per row {want.sum(-1)[:, 0].tolist()}")
 
 
+def test_of_equal_tokens_the_lowest_ids_stay(device):
+    """A row of forty equal tokens: all but one, all but two, two; and the nucleus of half of them."""
+    params = [Params(top_k=39), Params(top_k=38), Params(top_k=2), Params(top_p=0.5)]
+    logits = torch.zeros(4, 1, 40, device=device)
+    rows, sampling, before, draws = drawn(logits, params, device)
+    p = probabilities(rows, sampling, before)
+    got = kept(p, draws)
+    assert torch.equal(got, support(p, sampling.top_k, sampling.top_p, sampling.min_p))
+    assert got.sum(-1)[:3, 0].tolist() == [39, 38, 2] and not (got[..., 1:] & ~got[..., :-1]).any()
+
+
 def test_tokens_log_p_and_mass_are_those_of_the_reference(device):
     params = [*TRUNCATED, *EDGES, GREEDY, Params()]
     rows, sampling, before, draws = drawn(random_logits(len(params), 1, 600, 2, device), params, device)
@@ -78,7 +89,7 @@ def test_tokens_log_p_and_mass_are_those_of_the_reference(device):
 
 def test_nothing_depends_on_capacity_splits_or_blocks(device):
     """Capacity 4 sends every row through the search over the whole row."""
-    params = TRUNCATED[:4]
+    params = TRUNCATED[1:4]
     logits = random_logits(len(params), 1, 600, 3, device, 0.5)
     _, _, _, want = drawn(logits, params, device)
     for options in (dict(capacity=4), dict(splits=1, select_block=64)):

@@ -10,10 +10,10 @@ from idlm_kernels.verify import verify, verify_reference
 from tests.isd.reference import GREEDY, NEG, Params
 from tests.kernels.common import MIXED, parameters, random_logits, rows_of
 
-EXACT = ("tokens", "accept_lens", "last", "deciding", "drafts", "counts")
+EXACT = ("tokens", "accept_lens", "last", "deciding", "drafts", "counts", "clean", "columns")
 
 
-def step_of(params, k, vocab, seed, device, near=0.4, terms=None):
+def step_of(params, k, vocab, seed, device, near=0.4, branch=False):
     """Rows, sampling, draws and drafts from a q near p, with zeros in it; what is behind a request's count is NaN or out of range."""
     batch, random = len(params), torch.Generator().manual_seed(seed)
     logits = random_logits(batch, 2 * k + 1, vocab, seed, "cpu")
@@ -31,22 +31,25 @@ def step_of(params, k, vocab, seed, device, near=0.4, terms=None):
     limits = torch.randint(0, k + 2, (batch,), generator=random)
     seq_lens = torch.randint(1, 5_000, (batch,), generator=random)
     logits, counts, seq_lens, drafts, log_q, limits, q = (part.to(device) for part in (logits, counts, seq_lens, drafts, log_q, limits, q))
-    rows, sampling = rows_of(logits, counts, seq_lens), parameters(params, device, seed)
+    forks = counts // 2 if branch else None
+    rows, sampling = rows_of(logits, counts, seq_lens, forks), parameters(params, device, seed)
     draws = truncate(rows, sampling, choose(rows, sampling, splits=1, block=128), block=128)
     return rows, sampling, draws, (drafts, counts, log_q, limits), q
 
 
 @pytest.mark.parametrize("k, seed", [(0, 0), (1, 1), (3, 3)])
 def test_a_step_is_what_loops_over_the_drafts_give(k, seed, device):
-    """Any mixture of rules, counts and limits; q is read at the slots that keep it; zeros in q; NaN behind what is valid."""
-    params = MIXED[: 4 if k == 0 else len(MIXED)]
-    rows, sampling, draws, carried, q = step_of(params, k, 90, seed, device)
+    """Any mixture of rules, counts and limits, at K = 3 a branch round; q is read at the slots that keep it; zeros in q; NaN behind what is valid."""
+    salvage = k == 3
+    params = MIXED[:4] if k == 0 else MIXED[:8]
+    rows, sampling, draws, carried, q = step_of(params, k, 90, seed, device, branch=salvage)
+    forks = carried[1] // 2 if salvage else None
     slots = torch.randperm(len(params), generator=torch.Generator().manual_seed(0)).to(device)
     kept = torch.full((len(params) + 1, 4, 90), float("nan"), device=device)
     kept[slots, :k] = q
-    want = verify_reference(rows, sampling, draws, *carried, q)
+    want = verify_reference(rows, sampling, draws, *carried, q, forks=forks, salvage=salvage)
     for splits in (1, 2) if k == 1 else (2,):
-        got = verify(rows, sampling, draws, *carried, kept, slots, splits=splits, block=64)
+        got = verify(rows, sampling, draws, *carried, kept, slots, forks, salvage, splits=splits, block=64)
         for name in EXACT:
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         for name in ("introspection", "log_q"):
