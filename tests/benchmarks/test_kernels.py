@@ -52,7 +52,7 @@ BROKEN = {
     "target": (target, "target_scores", untruncated),
     "noise": (noise, "gumbel", lambda op: lambda seeds, positions, *rest: op(seeds, positions + 1, *rest)),
     "verify": (verify, "leading", lambda op: lambda accepted: (op(accepted) + 1) % (accepted.shape[1] + 1)),
-    "choose": (choose, "target_scores", untruncated),
+    "choose": (choose, "target_scores", lambda op: lambda logits, rows: op(logits, rows).roll(1, -1)),
     "propose": (propose, "propose", lambda op: lambda *args: replace(op(*args), drafts=op(*args).drafts + 1)),
     "step": (step, "isd_step", lambda op: lambda *args: replace(op(*args), last=op(*args).last + 1)),
     "sampler": (sampler, "target_scores", untruncated),
