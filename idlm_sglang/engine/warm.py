@@ -28,12 +28,14 @@ def _takes_masks(req) -> bool:
 def reserve(batch) -> None:
     """Give the requests of a prefill batch, before it runs, the KV slots that their first decode step would be given.
 
-    Nothing happens where the pool is short of them (the first step is cold then), where prompt logprobs are asked for, and
-    to requests whose prompt goes on in a later chunk.
+    Nothing happens where the pool is short of them (the first step is cold then), where prompt logprobs are asked for or a
+    request brings embeddings, and to requests whose prompt goes on in a later chunk.
     """
     setattr(batch, _ROWS, [])
     prompt_logprobs = batch.return_logprob and any(s < n for s, n in zip(batch.extend_logprob_start_lens, batch.extend_lens))
-    plain = batch.input_embeds is None and not prompt_logprobs and not any(batch.multimodal_inputs or ())
+    # Embeddings that replace those of single tokens are placed by row number, which MASK rows would move.
+    embedded = batch.input_embeds is not None or batch.replace_embeds is not None
+    plain = not (embedded or prompt_logprobs or any(batch.multimodal_inputs or ()))
     rows = [i for i, req in enumerate(batch.reqs) if _takes_masks(req)] if plain else []
     if not rows or columns([batch.reqs[i] for i in rows], overlap=False) in (None, 1):
         return

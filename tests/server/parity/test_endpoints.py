@@ -1,5 +1,8 @@
 """Endpoints that random cases do not reach: what they answer, AR answers."""
 
+import math
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import requests
 
@@ -66,3 +69,24 @@ def test_stored_responses_are_retrieved_and_continued_as_by_ar(ar, isd):
         answer.tree[2].pop("previous_response_id", None)
     assert not differences(*found)
     assert "Osk" in str(found[1].tree[2]["output"])
+
+
+def test_embeddings_of_a_score_stay_at_their_tokens_beside_prompts_that_end(isd):
+    """SGLang places them by the row of the prefill batch; MASK rows of the requests in front would move it."""
+    embedding = [math.sin(i) for i in range(256)]
+
+    def score(first):
+        query = {"query": [first, 331, 342], "items": [[777, 541, 600]], "label_token_ids": [310, 331, 5], "apply_softmax": True, "model": "m"}
+        return isd.post("/v1/score", {**query, "embed_override_token_id": 777, "item_embed_overrides": [[embedding]]}).json()["scores"][0]
+
+    def generate(first):
+        return isd.generate([first, *range(300, 308)], stride=16, temperature=0, max_new_tokens=4, ignore_eos=True)["output_ids"]
+
+    asked = [(score if i % 4 == 3 else generate, 320 + i) for i in range(48)]
+    found = []
+    for clients in (16, 1):
+        assert isd.post("/flush_cache", {}).status_code == 200
+        with ThreadPoolExecutor(clients) as pool:
+            found.append(list(pool.map(lambda call: call[0](call[1]), asked)))
+    for together, alone in zip(*found, strict=True):
+        assert together == pytest.approx(alone, abs=1e-4)
