@@ -20,7 +20,8 @@ REJECTION = "rejection"
 COUPLED = "coupled"
 
 # What a rejection leaves; `isd.layout` has the three below `auto`, which is resolved by the attention backend.
-AUTO, BRANCH, CHAIN, OFF = SALVAGE = ("auto", "branch", "chain", "off")
+BRANCH, CHAIN, OFF = "branch", "chain", "off"
+SALVAGE = (AUTO, BRANCH, CHAIN, OFF)
 
 
 class SettingError(SystemExit, ValueError):

@@ -49,6 +49,8 @@ _REFUSED = (
     ("enable_streaming_session", bool, "--enable-streaming-session", "off"),
     ("enable_deterministic_inference", bool, "--enable-deterministic-inference", "off: a request's seed is honoured without it"),
     ("enable_mis", bool, "--enable-mis", "off"),
+    # A captured prefill gives one row of logits a request; the first drafts need those of the MASK rows, too.
+    ("cuda_graph_backend_prefill", lambda v: v == "full", "--cuda-graph-backend-prefill", "breakable, disabled"),
     ("enable_torch_compile", bool, "--enable-torch-compile", "off"),
     ("enable_unified_cache_external_linker", bool, "--enable-unified-cache-external-linker", "off"),
     ("use_ray", bool, "--use-ray", "off"),

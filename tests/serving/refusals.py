@@ -56,6 +56,7 @@ CASES = (
     _flag("--enable-two-batch-overlap", allowed="off"),
     _flag("--enable-pdmux", allowed="off"),
     _flag("--enable-watermark", allowed="off"),
+    _flag("--cuda-graph-backend-prefill", "full", allowed="breakable"),
     Case(("--enable-strict-thinking",), ("--enable-strict-thinking True", "on a CPU", "; allowed: off"), cpu_only=True),
     _flag("--enable-streaming-session", allowed="off"),
     _flag("--enable-deterministic-inference", allowed="off: a request's seed"),
