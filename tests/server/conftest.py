@@ -13,13 +13,24 @@ SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--
 
 
 _EARLY = pytest.StashKey[dict]()
+_LAST = pytest.StashKey[dict]()
+_RUNNING = pytest.StashKey[dict]()
 _LOGS = pytest.StashKey[tempfile.TemporaryDirectory]()
 _ENOUGH = 200  # other tests, behind which a server can start unnoticed
 
 
+def _asked_for(item) -> set[str]:
+    """Fixtures of a test, those included that it asks for by the value of a parameter; answers stand for their server."""
+    params = getattr(getattr(item, "callspec", None), "params", {}).values()
+    names = {*getattr(item, "fixturenames", ()), *(value for value in params if isinstance(value, str))}
+    return names | {server for answers, server in (("overlapped", "isd"), ("synchronous", "isd_sync")) if answers in names}
+
+
 def pytest_collection_finish(session):
     """Start the shared servers, one after the other, while the tests run that need none."""
-    needed = [name for name in _SHARED if any(name in getattr(item, "fixturenames", ()) for item in session.items)]
+    last = {name: item for item in session.items for name in _SHARED if name in _asked_for(item)}
+    session.config.stash[_LAST] = last
+    needed = [name for name in _SHARED if name in last]
     others = sum("tests/server" not in str(item.path) for item in session.items)
     if not needed or others < _ENOUGH or session.config.option.collectonly:
         return
@@ -27,6 +38,14 @@ def pytest_collection_finish(session):
     pool = ThreadPoolExecutor(1)
     session.config.stash[_EARLY] = {name: pool.submit(lambda name=name: _SHARED[name](directory).started()) for name in needed}
     pool.shutdown(wait=False)
+
+
+def pytest_runtest_teardown(item):
+    """A server that no later test asks for ends here: each takes some 2.5 GB."""
+    for name, last in item.config.stash.get(_LAST, {}).items():
+        server = item.config.stash.get(_RUNNING, {}).get(name)
+        if last is item and server is not None:
+            server.stop()
 
 
 def pytest_unconfigure(config):
@@ -90,6 +109,7 @@ def _shared(name):
         # A start beside everything else may have run out of time; one alone says whether the server can start.
         started = early.result() if early and early.exception() is None else _SHARED[name](logs)
         with started as server:
+            pytestconfig.stash.setdefault(_RUNNING, {})[name] = server
             yield server
 
     fixture.__doc__ = _SHARED[name].__doc__
