@@ -142,7 +142,19 @@ def join_responses(chunks: list) -> dict:
             _append(found, {k: chunk[k] for k in ("delta", "logprobs") if k in chunk})
         else:
             whole["events"].append({k: v for k, v in chunk.items() if k != "sequence_number"})
+    if any(isinstance(event, dict) and event["type"] == "response.incomplete" for event in whole["events"]):
+        whole = _lagging(whole)
     return whole
+
+
+def _lagging(tree, key: str = ""):
+    """The tree with the arguments of its function calls marked."""
+    if isinstance(tree, dict):
+        called = key == "response.function_call_arguments.delta"
+        return {k: _lagging(v, "arguments" if called and k == "delta" else k) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_lagging(item, key) for item in tree]
+    return Lagging(tree) if key == "arguments" and isinstance(tree, str) else tree
 
 
 JOINERS = {GENERATE: join_generate, CHAT: join_openai, COMPLETIONS: join_openai, RESPONSES: join_responses, MESSAGES: join_events}
