@@ -10,10 +10,12 @@ import copy
 import torch
 from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode, page_aligned_decode_alloc_lens
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from idlm_sglang.engine.requests import STRIDED
+from idlm_sglang.engine.requests import STRIDED, BatchRows
 from idlm_sglang.engine.reserve import columns
 from idlm_sglang.engine.transfer import on_device
+from idlm_sglang.isd import first_proposal
 
 _ROWS = "idlm_masks_behind"
 
@@ -108,3 +110,32 @@ def with_masks(batch, rows: list[int], k: int, mask_id: int, req_to_token: torch
     longer.seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + more
     longer.seq_lens_sum = None
     return longer, last + proposing
+
+
+def prefill_with_masks(worker, batch, masked: list[int], rows: BatchRows):
+    """A prefill whose forward also draws the first drafts of the requests ``masked`` (host list of rows), into the worker's slot state.
+
+    Returns:
+        SGLang's result of the prefill, its next tokens sampled.
+    """
+    count, k = len(batch.reqs), rows.drafts
+    longer, read = with_masks(batch, masked, k, worker.mask_id, worker.req_to_token)
+    worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
+    forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)
+    with worker.model_runner.model.logits_processor.reading(on_device(torch.tensor(read, dtype=torch.int64), worker.device)):
+        result = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+    logits = result.logits_output.next_token_logits
+
+    index = on_device(torch.tensor(masked, dtype=torch.int64), worker.device)
+    proposing = logits[count:].float().view(len(masked), k, -1)
+    info, lengths = batch.sampling_info, batch.seq_lens[index]
+    if info.logit_bias is not None:
+        proposing = proposing + info.logit_bias[index][:, None]
+    proposal = first_proposal(proposing, rows.limits[index], lengths, rows.sampling(info).at(index))
+    worker.state.store(batch.req_pool_indices[index], rows.numbers[index], lengths, proposal)
+
+    # The sampler takes its positions from the lengths: those of the prompts.
+    forward_batch.seq_lens, forward_batch.seq_lens_cpu = batch.seq_lens, batch.seq_lens_cpu
+    result.logits_output.next_token_logits = logits[:count]
+    result.next_token_ids = worker.model_runner.sample(result.logits_output, forward_batch)
+    return result

@@ -9,7 +9,7 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_serving
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
@@ -28,8 +28,8 @@ from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
 from idlm_sglang.engine.state import Carried, SlotState
 from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.engine.warm import rows_of, with_masks
-from idlm_sglang.isd import BRANCH, OFF, first_proposal, isd_step, row_offsets, step_positions, step_tokens, visible_rows
+from idlm_sglang.engine.warm import prefill_with_masks, rows_of
+from idlm_sglang.isd import BRANCH, OFF, isd_step, row_offsets, step_positions, step_tokens, visible_rows
 from idlm_sglang.isd.layout import drafts_in_front, forks
 from idlm_sglang.isd.penalties import penalise
 from idlm_sglang.isd.stride import StepTimes, ladder
@@ -212,7 +212,7 @@ class IsdWorker(BaseSpecWorker):
         rows = self._batch_rows(batch) if masked else None
         self.state.clear(slots)
         if rows is not None and rows.drafts:
-            result = self._prefill_with_masks(batch, masked, rows)
+            result = prefill_with_masks(self, batch, masked, rows)
         else:
             result = self._target_worker.forward_batch_generation(batch)
         if penalised is not None:
@@ -221,30 +221,6 @@ class IsdWorker(BaseSpecWorker):
         result.next_draft_input = IsdDraftInput(result.next_token_ids.to(torch.int64), seq_lens)
         if on_publish is not None:
             on_publish(seq_lens)
-        return result
-
-    def _prefill_with_masks(self, batch, masked: list[int], rows: BatchRows):
-        """A prefill whose forward also draws the first drafts of the requests ``masked``; see :mod:`idlm_sglang.engine.warm`."""
-        count, k = len(batch.reqs), rows.drafts
-        longer, read = with_masks(batch, masked, k, self.mask_id, self.req_to_token)
-        self._target_worker.set_hicache_consumer(batch.hicache_consumer_index)
-        forward_batch = ForwardBatch.init_new(longer, self.model_runner, return_hidden_states_before_norm=False)
-        with self.model_runner.model.logits_processor.reading(on_device(torch.tensor(read, dtype=torch.int64), self.device)):
-            result = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-        logits = result.logits_output.next_token_logits
-
-        index = on_device(torch.tensor(masked, dtype=torch.int64), self.device)
-        proposing = logits[count:].float().view(len(masked), k, -1)
-        info, lengths = batch.sampling_info, batch.seq_lens[index]
-        if info.logit_bias is not None:
-            proposing = proposing + info.logit_bias[index][:, None]
-        proposal = first_proposal(proposing, rows.limits[index], lengths, rows.sampling(info).at(index))
-        self.state.store(batch.req_pool_indices[index], rows.numbers[index], lengths, proposal)
-
-        # The sampler takes its positions from the lengths: those of the prompts.
-        forward_batch.seq_lens, forward_batch.seq_lens_cpu = batch.seq_lens, batch.seq_lens_cpu
-        result.logits_output.next_token_logits = logits[:count]
-        result.next_token_ids = self.model_runner.sample(result.logits_output, forward_batch)
         return result
 
     # Penalties.
