@@ -22,6 +22,7 @@ COUPLED = "coupled"
 # What a rejection leaves; `isd.layout` has the three below `auto`, which is resolved by the attention backend.
 BRANCH, CHAIN, OFF = "branch", "chain", "off"
 SALVAGE = (AUTO, BRANCH, CHAIN, OFF)
+ON = "on"
 
 
 class SettingError(SystemExit, ValueError):
@@ -49,6 +50,7 @@ class Settings:
         salvage: what a rejection leaves for the next step: survivors for a ``branch`` round or a ``chain``, or nothing (``off``).
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
         auto: the stride controller chooses N, step by step.
+        mixed_steps: with the overlap schedule off, a prefill's forward takes the decode step of the running requests along.
     """
 
     stride: int = DEFAULT_STRIDE
@@ -59,6 +61,7 @@ class Settings:
     salvage: str = AUTO
     strided_grammars: bool = True
     auto: bool = False
+    mixed_steps: bool = True
 
     @property
     def max_width(self) -> int:
@@ -104,8 +107,8 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK`` and
-    ``IDLM_SALVAGE`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``
+    and ``IDLM_MIXED_STEPS`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -140,6 +143,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     salvage = env.get("IDLM_SALVAGE", AUTO)
     if salvage not in SALVAGE:
         raise SettingError(f"IDLM_SALVAGE={salvage!r} is not known; allowed: {', '.join(SALVAGE)}")
+    mixed = env.get("IDLM_MIXED_STEPS", ON)
+    if mixed not in (ON, OFF):
+        raise SettingError(f"IDLM_MIXED_STEPS={mixed!r} is not known; allowed: {ON}, {OFF}")
     return Settings(
         stride=stride,
         auto=auto,
@@ -148,6 +154,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         sampling_rule=rule,
         selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
         salvage=salvage,
+        mixed_steps=mixed == ON,
     )
 
 

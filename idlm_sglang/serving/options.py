@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR
 
 DEFAULT_HOST = "127.0.0.1"
@@ -175,7 +175,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     if own.ar and algorithm is not None:
         raise SettingError(f"--ar and {_ALGORITHM} {algorithm} were both given; allowed: one of them")
     strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule}
-    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage}
+    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--mixed-steps": own.mixed_steps}
     for flag, value in strided.items():
         if value is None:
             continue
@@ -192,6 +192,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--sampling-rule {own.sampling_rule} is not known; allowed: {COUPLED}, {REJECTION}")
     if own.salvage not in (None, *SALVAGE):
         raise SettingError(f"--salvage {own.salvage} is not known; allowed: {', '.join(SALVAGE)}")
+    if own.mixed_steps not in (None, ON, OFF):
+        raise SettingError(f"--mixed-steps {own.mixed_steps} is not known; allowed: {ON}, {OFF}")
     if own.selfcheck is not None:
         share(f"--selfcheck {own.selfcheck}", own.selfcheck)
     if stride is not None and top is not None and top < stride:
@@ -209,6 +211,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_SAMPLING_RULE": ("--sampling-rule", own.sampling_rule),
         "IDLM_SELFCHECK": ("--selfcheck", own.selfcheck),
         "IDLM_SALVAGE": ("--salvage", own.salvage),
+        "IDLM_MIXED_STEPS": ("--mixed-steps", own.mixed_steps),
     }
     given = {name: pair for name, pair in typed.items() if pair[1] is not None}
     return {name: value for name, (_, value) in given.items()}, {name: flag for name, (flag, _) in given.items()}

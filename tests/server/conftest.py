@@ -84,8 +84,8 @@ def _isd_rejection(logs):
 
 
 def _isd_sync(logs):
-    """ISD without overlap, pages of 16, chunked prefill of 32 mixed with decoding."""
-    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk", *SERVED]
+    """ISD without overlap, pages of 16, prompts in chunks of 32 whose forwards take decode steps along."""
+    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-metrics", *SERVED]
     return Server("isd_sync", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env={"IDLM_MAX_STRIDE": "8"})
 
 
