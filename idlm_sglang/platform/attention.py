@@ -5,8 +5,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from idlm_sglang.platform.tile_plan import Plan, make_plan
-from idlm_sglang.platform.tiled_attention import Workspace, attend
+from idlm_sglang.platform.tile_plan import Plan, make_parts, make_plan
+from idlm_sglang.platform.tiled_attention import Workspace, attend_parts
 
 
 class TiledAttnBackend(TorchNativeAttnBackend):
@@ -32,8 +32,8 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         if not forward_batch.forward_mode.is_idle():
             self.forward_metadata = self._plan(forward_batch)
 
-    def _plan(self, forward_batch: ForwardBatch) -> Plan:
-        seq_lens = forward_batch.seq_lens
+    def _plan(self, forward_batch: ForwardBatch) -> list[Plan]:
+        seq_lens, table = forward_batch.seq_lens, self.req_to_token_pool.req_to_token
         new_visible = None
         if forward_batch.forward_mode.is_decode():
             # seq_lens counts the new token; a padding request has 0.
@@ -47,16 +47,9 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         else:
             prefix_lens, row_counts = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
             on_host = forward_batch.extend_seq_lens_cpu
-            if on_host is not None and len(set(on_host)) == 1:
-                row_counts = on_host[0]
-        return make_plan(
-            self.req_to_token_pool.req_to_token,
-            forward_batch.req_pool_indices,
-            prefix_lens,
-            row_counts,
-            self._column_bytes,
-            new_visible,
-        )
+            if on_host is not None:
+                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes)
+        return [make_plan(table, forward_batch.req_pool_indices, prefix_lens, row_counts, self._column_bytes, new_visible)]
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True):
         if not _is_plain_causal(layer):
@@ -76,7 +69,7 @@ class TiledAttnBackend(TorchNativeAttnBackend):
             self.token_to_kv_pool.set_kv_buffer(
                 layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v
             )
-        out = attend(
+        out = attend_parts(
             q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),

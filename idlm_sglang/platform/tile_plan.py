@@ -8,8 +8,10 @@ import torch
 TILE_ROWS = 128
 # K and V of one slab are to stay in the cache between gather and use.
 SLAB_BYTES = 4 << 20
-# Below this, one padded slab costs less than sorting the tiles into several.
+# Below the first, one padded slab costs less than sorting the tiles into several; up to the second, where padding adds no more than sorting would.
 LONE_SLAB_BYTES = 1 << 20
+EVEN_SLAB_BYTES = 8 << 20
+_PADDING = 1.75
 # Masks are shared by all layers of a forward while they fit, and rebuilt in each layer when they do not.
 KEPT_MASK_BYTES = 64 << 20
 # Columns are padded to whole SIMD vectors: a column then always meets the same lane, whatever the padding.
@@ -87,7 +89,7 @@ def make_plan(
     """
     if isinstance(row_counts, int):
         width = _aligned(int(prefix_lens.max()) + row_counts)
-        if row_counts <= TILE_ROWS and len(prefix_lens) * width * column_bytes <= LONE_SLAB_BYTES:
+        if row_counts <= TILE_ROWS and _one_slab(prefix_lens, row_counts, width, column_bytes):
             slab = _whole_batch_slab(req_to_token, req_pool_indices, prefix_lens, row_counts, width, new_visible)
             return Plan(len(prefix_lens) * row_counts, [slab])
         row_counts = torch.full_like(prefix_lens, row_counts)
@@ -119,6 +121,36 @@ def make_plan(
             )
         )
     return Plan(num_rows, slabs)
+
+
+def _one_slab(prefix_lens: torch.Tensor, row_counts: int, width: int, column_bytes: int) -> bool:
+    padded = len(prefix_lens) * width
+    if padded * column_bytes <= LONE_SLAB_BYTES:
+        return True
+    needed = int(prefix_lens.sum()) + len(prefix_lens) * row_counts
+    return padded * column_bytes <= EVEN_SLAB_BYTES and padded <= _PADDING * needed
+
+
+def make_parts(
+    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, prefix_lens: torch.Tensor, row_counts: list[int], column_bytes: int
+) -> list[Plan]:
+    """Plans of a batch's rows in order: requests of any row counts, then those behind them that all have the last one's, where it is low.
+
+    Decode rows behind prompts are of one height; in slabs of their own nothing of theirs is picked out of q or padded to a prompt's.
+    Arguments as for :func:`make_plan`, ``row_counts`` on the host.
+    """
+    first = len(row_counts)
+    while first > 0 and row_counts[first - 1] == row_counts[-1]:
+        first -= 1
+    if max(row_counts[:first], default=0) < 2 * row_counts[-1]:
+        first = 0
+    plans = []
+    for part in (slice(0, first), slice(first, None)):
+        counts = row_counts[part]
+        if counts:
+            rows = counts[0] if len(set(counts)) == 1 else torch.tensor(counts)
+            plans.append(make_plan(req_to_token, req_pool_indices[part], prefix_lens[part], rows, column_bytes))
+    return plans
 
 
 def _slab_members(height: torch.Tensor, end: torch.Tensor, column_bytes: int) -> list[torch.Tensor]:

@@ -9,6 +9,8 @@ lengths (logarithmically) and with the bytes gathered, not with the number of re
 The query heads of a KV head are folded into the rows, so K and V are never repeated for grouped-query attention.
 """
 
+from itertools import accumulate
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -60,11 +62,23 @@ def attend(
     num_tokens = q.shape[0]
     # One spare row behind the last takes what the slabs' padding rows produce.
     out = q.new_empty(num_tokens + 1, *q.shape[1:])
-    out[plan.num_rows :] = 0
     for index, slab in enumerate(plan.slabs):
         rows = q.index_select(0, slab.q_rows)
         out.index_copy_(0, slab.out_rows, _attend_slab(rows, k_cache, v_cache, plan, index, workspace, scale))
+    out[plan.num_rows :] = 0
     return out[:num_tokens]
+
+
+def attend_parts(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plans: list[Plan], workspace: Workspace, scale: float
+) -> torch.Tensor:
+    """:func:`attend` of consecutive rows of q, each plan's behind those of the plan before it."""
+    if len(plans) == 1:
+        return attend(q, k_cache, v_cache, plans[0], workspace, scale)
+    ends = list(accumulate((plan.num_rows for plan in plans), initial=0))
+    ends[-1] = q.shape[0]  # batch padding behind the last plan's rows
+    parts = zip(plans, ends, ends[1:])
+    return torch.cat([attend(q[start:end], k_cache, v_cache, plan, workspace, scale) for plan, start, end in parts])
 
 
 def _attend_slab(

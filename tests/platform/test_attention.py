@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from idlm_sglang.isd import visible_rows
 from idlm_sglang.platform import tile_plan, tiled_attention
-from idlm_sglang.platform.tiled_attention import Workspace, attend
+from idlm_sglang.platform.tiled_attention import Workspace, attend, attend_parts
 from tests.platform.reference import naive_attention, paged_batch
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -19,6 +19,7 @@ BATCHES = {
     "prefill": ([0, 0, 0, 0, 0, 0], [1, 5, 127, 128, 129, 300]),
     "prefill behind a cached prefix": ([16, 1, 400, 128, 33], [16, 300, 128, 1, 77]),
     "prefill, one chunk": ([96], [32]),
+    "prefill that takes a decode step along": ([0, 16, 40, 61, 300, 64], [33, 29, 7, 7, 7, 7]),
     "mixed": ([40, 300, 7, 64, 129, 500], [200, 1, 1, 1, 1, 33]),
 }
 
@@ -33,6 +34,17 @@ def test_equals_the_definition(kind, page_size, dtype):
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("kind", ["prefill", "mixed", "prefill that takes a decode step along", "verify of 7"])
+def test_plans_for_parts_of_a_batch_equal_the_definition(kind):
+    batch = paged_batch(*BATCHES[kind])
+    plans = tile_plan.make_parts(batch.req_to_token, batch.req_pool_indices, batch.prefix_lens, BATCHES[kind][1], 2 * batch.k_cache[0].nbytes)
+    assert len(plans) == (2 if "decode step" in kind else 1)
+    spare = torch.cat((batch.q, batch.q[:3]))
+    out = attend_parts(spare, batch.k_cache, batch.v_cache, plans, Workspace(), batch.scale)
+    assert (out[: len(batch.q)].double() - naive_attention(batch)).abs().max() < TOLERANCE[torch.float32]
+    assert len(out) == len(spare) and not out[len(batch.q) :].any()
+
+
 @pytest.mark.parametrize("heads", [(8, 8, 32), (6, 2, 48), (5, 1, 16), (16, 2, 128)], ids=str)
 @pytest.mark.parametrize("kind", ["decode", "verify of 7", "mixed"])
 def test_grouped_heads(kind, heads):
@@ -40,7 +52,7 @@ def test_grouped_heads(kind, heads):
     assert (batch.attend().double() - naive_attention(batch)).abs().max() < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("limit", ["SLAB_BYTES", "LONE_SLAB_BYTES", "KEPT_MASK_BYTES"])
+@pytest.mark.parametrize("limit", ["SLAB_BYTES", "LONE_SLAB_BYTES", "EVEN_SLAB_BYTES", "KEPT_MASK_BYTES"])
 @pytest.mark.parametrize("kind", ["decode", "verify of 7", "prefill", "mixed"])
 def test_every_way_of_cutting_slabs_gives_the_same(kind, limit, monkeypatch):
     whole = paged_batch(*BATCHES[kind]).attend()
