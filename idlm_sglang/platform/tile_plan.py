@@ -142,7 +142,7 @@ def make_parts(
     first = len(row_counts)
     while first > 0 and row_counts[first - 1] == row_counts[-1]:
         first -= 1
-    if max(row_counts[:first], default=0) < 2 * row_counts[-1]:
+    if row_counts[-1] == 0 or max(row_counts[:first], default=0) < 2 * row_counts[-1]:
         first = 0
     plans = []
     for part in (slice(0, first), slice(first, None)):
