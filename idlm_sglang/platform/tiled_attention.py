@@ -57,9 +57,10 @@ def attend(
     k_cache, v_cache: (slots, kv heads, dim), the new rows' K and V already written; q heads is a multiple of kv
     heads. Rows behind the plan's last row (batch padding) come back as zeros.
     """
-    if plan.is_whole_batch:
-        return _attend_slab(q, k_cache, v_cache, plan, 0, workspace, scale)
     num_tokens = q.shape[0]
+    if plan.is_whole_batch:
+        out = _attend_slab(q[: plan.num_rows], k_cache, v_cache, plan, 0, workspace, scale)
+        return out if num_tokens == plan.num_rows else torch.cat((out, out.new_zeros(num_tokens - plan.num_rows, *out.shape[1:])))
     # One spare row behind the last takes what the slabs' padding rows produce.
     out = q.new_empty(num_tokens + 1, *q.shape[1:])
     for index, slab in enumerate(plan.slabs):
