@@ -10,7 +10,7 @@ from contextlib import suppress
 logger = logging.getLogger(__name__)
 
 KEPT = 300.0  # seconds
-_WATCHED, _UNWATCHED = 1.0, 5.0  # seconds between samples, with and without somebody looking
+_WATCHED, _UNWATCHED = 2.0, 10.0  # seconds between samples, with and without somebody looking
 _STILL_WATCHED = 10.0  # seconds since a page asked last
 
 _SUMS = ("tokens_committed", "forwards", "running", "queued")

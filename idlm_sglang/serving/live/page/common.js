@@ -11,6 +11,9 @@ function element(tag, className, text) {
   return made;
 }
 
+// Relative to where the page is, a proxy's prefix included; an address with credentials in it cannot be asked.
+const address = (path) => new URL(path, location.href);
+
 // What the server says of a refusal, as one line.
 async function refusal(response) {
   if (response.status === 401) return "the API key is refused; reload the page to be asked for it";

@@ -80,7 +80,7 @@ class Lane {
   // Ask the server, and queue what comes.
   async ask(body, signal) {
     try {
-      const response = await fetch("idlm/decode", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+      const response = await fetch(address("idlm/decode"), { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
       if (!response.ok) throw new Error(await refusal(response));
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       let rest = "";

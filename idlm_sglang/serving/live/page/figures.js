@@ -9,7 +9,7 @@ async function poll() {
   let wait = 1000;
   try {
     const newest = samples.length ? samples[samples.length - 1].time : 0;
-    const response = await fetch(`idlm/stats?since=${newest}`, { cache: "no-store" });
+    const response = await fetch(address(`idlm/stats?since=${newest}`), { cache: "no-store" });
     if (!response.ok) throw new Error(await refusal(response));
     const body = await response.json();
     if (body.started !== startedAt) { samples = []; if (startedAt !== null) { startedAt = null; return setTimeout(poll, 0); } }
@@ -58,7 +58,9 @@ function ratios(a, b) {
 
 function draw() {
   if (!samples.length) return condition(true, "no figures yet");
-  const window_ = Number($("window").value), last = samples[samples.length - 1];
+  const last = samples[samples.length - 1];
+  // As much of the time asked for as is known.
+  const window_ = Math.max(Math.min(Number($("window").value), last.time - samples[0].time), 30);
   const [from] = span(window_), kept = samples.filter((s) => s.time >= last.time - window_);
   const [before] = span(LATEST), latest = ratios(before, last);
   condition(true, `live${last.replicas > 1 ? `, ${last.replicas} replicas` : ""}`);
@@ -102,7 +104,7 @@ function plot(id, points, now, seconds, digits, second) {
   drawing.append(svg("path", { class: "line", d: path(points) }));
   if (second) drawing.append(svg("path", { class: "line second", d: path(second) }));
   const axis = element("div", "axis");
-  axis.append(element("span", "", seconds === 60 ? "1 min ago" : "5 min ago"), element("span", "", values.length ? `up to ${shown(Math.max(...values), digits)}` : "nothing yet"), element("span", "", "now"));
+  axis.append(element("span", "", seconds < 100 ? `${shown(seconds, 0)} s ago` : `${shown(seconds / 60, 1)} min ago`), element("span", "", values.length ? `up to ${shown(Math.max(...values), digits)}` : "nothing yet"), element("span", "", "now"));
   place.replaceChildren(drawing, axis);
 }
 
