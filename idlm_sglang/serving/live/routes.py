@@ -3,8 +3,6 @@
 import json
 import math
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ErrorResponse, TokenizeRequest
@@ -76,9 +74,9 @@ class Live:
             first = await anext(answers)
         except ValueError as mistake:
             return _refused(mistake)
-        lines = partial(self._lines, TracedAnswer(self._manager.tokenizer), first, answers)
+        lines = self._lines(TracedAnswer(self._manager.tokenizer), first, answers, obj.rid)
         background = self._manager.create_abort_task(obj)
-        return StreamingResponse(lines(), media_type="application/x-ndjson", headers=_PRIVATE, background=background)
+        return StreamingResponse(lines, media_type="application/x-ndjson", headers=_PRIVATE, background=background)
 
     async def _prompt(self, body: dict, request: Request) -> list[int]:
         """Token ids of the prompt, by the server's own chat template where it is a chat."""
@@ -91,7 +89,8 @@ class Live:
             raise Mistake("prompt has no tokens; allowed: at least one")
         return found.tokens
 
-    async def _lines(self, traced: TracedAnswer, answer: dict, answers: AsyncIterator[dict]) -> AsyncIterator[bytes]:
+    async def _lines(self, traced: TracedAnswer, answer: dict, answers: AsyncIterator[dict], rid: str) -> AsyncIterator[bytes]:
+        ended = False
         try:
             while True:
                 tokens = traced.see(answer)
@@ -104,6 +103,7 @@ class Live:
                     end |= {"rest": traced.rest(), "seed": meta.get("seed")}
                     if finish["type"] == "abort":
                         end["message"] = _one_line(finish.get("message") or "the server ended the answer")
+                    ended = True
                     yield _line({"end": end})
                     return
                 answer = await anext(answers)
@@ -112,8 +112,9 @@ class Live:
         except StopAsyncIteration:
             yield _line({"error": {"message": "the answer has no end"}})
         finally:
-            with suppress(Exception):
-                await answers.aclose()
+            # The client has gone: SGLang's own task would wait two seconds.
+            if not ended:
+                self._manager.abort_request(rid)
 
 
 async def _json(request: Request) -> Any:
