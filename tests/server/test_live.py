@@ -47,6 +47,8 @@ CALLS = [
     *({"prompt": p, "stride": 8, "temperature": 0, "max_new_tokens": 60, "stop": ["e", "1"]} for p in prompts(12, seed=32)),
     *({"prompt": p, "temperature": 0, "max_new_tokens": 40, "stop_token_ids": [278, 17, 16]} for p in prompts(12, seed=33)),
     *({"prompt": chat(STORY), "temperature": 1, "presence_penalty": 1.0, "max_new_tokens": 30} for _ in range(3)),
+    # Long: its last tokens come when no prefill is left to mix with.
+    {"prompt": chat(STORY), "stride": 1, "temperature": 0, "max_new_tokens": 100, "ignore_eos": True},
     *({"prompt": chat(STORY), "temperature": 1, "regex": "[0-9]{3} (yes|no)", "max_new_tokens": 30} for _ in range(3)),
 ]
 
@@ -63,7 +65,7 @@ def test_the_traced_tokens_are_the_answer_s_tokens(request, server):
 
 
 def test_retracted_answers_are_traced_whole(isd_tight):
-    calls = [{"prompt": p, "stride": 2 + i % 7, "temperature": 1, "max_new_tokens": 120, "logit_bias": {"2": -100}} for i, p in enumerate(prompts(48, seed=204))]
+    calls = [{"prompt": p, "stride": 2 + i % 7, "temperature": 1, "max_new_tokens": 120, "logit_bias": {"2": -100}} for i, p in enumerate(prompts(36, seed=204))]
     answers = traced(isd_tight, calls, 24)
     for answer in answers:
         holds(answer)
