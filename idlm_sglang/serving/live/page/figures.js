@@ -6,7 +6,7 @@ let startedAt = null;
 
 async function poll() {
   if (document.hidden) return setTimeout(poll, 1000);
-  let wait = 1000;
+  let wait = samples.length ? 2000 : 500;
   try {
     const newest = samples.length ? samples[samples.length - 1].time : 0;
     const response = await fetch(address(`idlm/stats?since=${newest}`), { cache: "no-store" });
