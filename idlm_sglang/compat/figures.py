@@ -188,6 +188,6 @@ def state_report(_, state, report: dict) -> None:
             strides["controller"] = worker.control.as_dict()
         load = {"running": len(state.scheduler.running_batch.reqs), "queued": len(state.scheduler.waiting_queue)}
         seconds = {phase: round(total, 6) for phase, total in worker.phases.seconds.items()}
-        report["idlm"] = {**strides, **totals, **load, "step_seconds": seconds}
+        report["idlm"] = {**strides, **totals, **load, "step_seconds": seconds, "timed_steps": worker.phases.steps}
         if totals["tokens_per_forward"] is not None:
             report["avg_spec_accept_length"] = totals["tokens_per_forward"]

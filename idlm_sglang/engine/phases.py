@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 # prepare: drafts, rows, KV slots, up to the forward; choose: from its return to the step's result; process: SGLang's work
-# on a result: tokens appended, ends found, answers sent; prefill: whole extends, decode rows mixed into them included.
+# on a result: tokens appended, ends found, answers sent; prefill: whole extends, the decode rows and steps in them included.
 PREPARE, FORWARD, CHOOSE, PROCESS, PREFILL = PHASES = ("prepare", "forward", "choose", "process", "prefill")
 
 
@@ -16,12 +16,14 @@ class StepPhases:
 
     Attributes:
         seconds: by phase, since start.
+        steps: decode steps with a forward of their own; the others came along with a prefill, and are in its time.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.steps = 0
         self._now = now
-        self._forward = (0.0, 0.0)
+        self._forward: tuple[float, float] | None = None
 
     def forward(self, call: Callable, *args, **kwargs):
         """``call(*args, **kwargs)``, the forward of a decode step."""
@@ -31,11 +33,14 @@ class StepPhases:
         return out
 
     def decode(self, step: Callable, *args):
-        """``step(*args)``, a decode step, which runs one :meth:`forward`."""
-        start = self._now()
+        """``step(*args)``, a decode step; one that runs no :meth:`forward` is not counted."""
+        self._forward, start = None, self._now()
         result = step(*args)
         end = self._now()
+        if self._forward is None:
+            return result
         launched, returned = self._forward
+        self.steps += 1
         self.seconds[PREPARE] += launched - start
         self.seconds[FORWARD] += returned - launched
         self.seconds[CHOOSE] += end - returned

@@ -52,3 +52,5 @@ def test_the_phases_of_a_step_add_up_to_it():
     assert phases.seconds == {"prepare": 4, "forward": 6, "choose": 3, "process": 0, "prefill": 0}
     assert phases.whole("process", step, "b") == "b" and phases.seconds["process"] == 13
     assert tuple(phases.seconds) == PHASES and phases.seconds["forward"] == 6
+    before = dict(phases.seconds)
+    assert phases.decode(lambda: "came with a prefill") and phases.seconds == before and phases.steps == 1

@@ -84,7 +84,7 @@ def test_the_policy_allows_the_page_s_own_style_and_script_and_nothing_else():
 def state(tokens, stride=4, drafts=3):
     by_position = {f"{kind}_{what}": [tokens] * drafts for kind in ("drafts", "salvage") for what in ("proposed", "accepted")}
     rounds, seconds = dict.fromkeys(("verify", "single"), tokens), {"forward": tokens / 2}
-    return {"idlm": {"tokens_committed": tokens, "forwards": 1, "running": 2, "queued": 1, "rounds": rounds, "step_seconds": seconds,
+    return {"idlm": {"tokens_committed": tokens, "forwards": 1, "timed_steps": 1, "running": 2, "queued": 1, "rounds": rounds, "step_seconds": seconds,
                      "stride": stride, "max_stride": 4, "auto": False, "steps_by_stride": {str(stride): tokens}, **by_position}}
 
 

@@ -13,7 +13,7 @@ KEPT = 300.0  # seconds
 _WATCHED, _UNWATCHED = 2.0, 10.0  # seconds between samples, with and without somebody looking
 _STILL_WATCHED = 10.0  # seconds since a page asked last
 
-_SUMS = ("tokens_committed", "forwards", "running", "queued")
+_SUMS = ("tokens_committed", "forwards", "timed_steps", "running", "queued")
 _BY_POSITION = ("drafts_proposed", "drafts_accepted", "salvage_proposed", "salvage_accepted")
 _BY_NAME = ("rounds", "step_seconds", "steps_by_stride")
 

@@ -136,12 +136,12 @@ function drawAcceptance(from, last) {
 const PHASES = { prepare: "before the forward", forward: "forward", choose: "verify, next drafts", process: "results, answers" };
 
 function drawPhases(from, last) {
-  const forwards = last.forwards - from.forwards, rows = [];
+  const steps = last.timed_steps - from.timed_steps, rows = [];
   const of = (phase) => (last.step_seconds[phase] || 0) - (from.step_seconds[phase] || 0);
   const sum = Object.keys(PHASES).reduce((a, phase) => a + of(phase), 0);
-  if (forwards > 0 && sum > 0) {
-    for (const [phase, name] of Object.entries(PHASES)) rows.push(element("span", "label", name), bar(of(phase) / sum, ""), element("span", "value", shown(1000 * of(phase) / forwards, 2)));
-    rows.push(element("span", "label", "a step"), element("span", "", ""), element("span", "value", shown(1000 * sum / forwards, 2)));
+  if (steps > 0 && sum > 0) {
+    for (const [phase, name] of Object.entries(PHASES)) rows.push(element("span", "label", name), bar(of(phase) / sum, ""), element("span", "value", shown(1000 * of(phase) / steps, 2)));
+    rows.push(element("span", "label", "a step"), element("span", "", ""), element("span", "value", shown(1000 * sum / steps, 2)));
   }
   $("phases").replaceChildren(...(rows.length ? rows : [element("span", "none", "no decode steps in this time")]));
 }
