@@ -51,6 +51,7 @@ class Settings:
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
         auto: the stride controller chooses N, step by step.
         mixed_steps: with the overlap schedule off, a prefill's forward takes the decode step of the running requests along.
+        live_page: serve the live page at ``/idlm``.
     """
 
     stride: int = DEFAULT_STRIDE
@@ -62,6 +63,7 @@ class Settings:
     strided_grammars: bool = True
     auto: bool = False
     mixed_steps: bool = True
+    live_page: bool = True
 
     @property
     def max_width(self) -> int:
@@ -107,8 +109,8 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``
-    and ``IDLM_MIXED_STEPS`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``,
+    ``IDLM_MIXED_STEPS`` and ``IDLM_LIVE_PAGE`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -146,6 +148,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     mixed = env.get("IDLM_MIXED_STEPS", ON)
     if mixed not in (ON, OFF):
         raise SettingError(f"IDLM_MIXED_STEPS={mixed!r} is not known; allowed: {ON}, {OFF}")
+    live = env.get("IDLM_LIVE_PAGE", ON)
+    if live not in (ON, OFF):
+        raise SettingError(f"IDLM_LIVE_PAGE={live!r} is not known; allowed: {ON}, {OFF}")
     return Settings(
         stride=stride,
         auto=auto,
@@ -155,6 +160,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
         salvage=salvage,
         mixed_steps=mixed == ON,
+        live_page=live == ON,
     )
 
 

@@ -31,6 +31,7 @@ from idlm_sglang.compat.figures import (
     state_report,
     stride_handler,
 )
+from idlm_sglang.compat.live import add_live_page
 from idlm_sglang.compat.requests import (
     admit,
     attach_seeds,
@@ -117,6 +118,7 @@ PATCHES = (
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),
     Patch(_TOKENIZER + ".flush_cache", "AROUND", flush_past_checks),
     Patch(_TOKENIZER + "._init_req_state", "BEFORE", make_room),
+    Patch(_TOKENIZER + ".set_server_stop_hook", "BEFORE", add_live_page),
     Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),

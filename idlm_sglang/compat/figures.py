@@ -26,13 +26,17 @@ def report_in_meta_info(original: Callable, manager, meta_info: dict, state, cus
     Goes when: ``customized_info`` has values per request.
     """
     from idlm_sglang.engine.report import REPORT
+    from idlm_sglang.engine.trace import TRACE, collected
 
     reports = customized_info.get(REPORT)
     if reports is None:
         return original(manager, meta_info, state, customized_info, index, *rest)
     others = {key: values for key, values in customized_info.items() if key != REPORT}
     out = original(manager, meta_info, state, others, index, *rest)
-    meta_info.update(reports[index])
+    report = reports[index]
+    if TRACE in report:
+        report = {**report, TRACE: collected(state, report[TRACE])}
+    meta_info.update(report)
     return out
 
 
@@ -42,11 +46,13 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     Guard: the hook applied; the figures are compared with the answers in a test.
     Goes when: SGLang passes committed tokens per request to ``BaseSpecWorker``.
     """
+    from idlm_sglang.engine.phases import PROCESS
+
     metrics = _step_metrics(processor, result)
     if metrics is None:
         return original(processor, batch, result)
     metrics.begin(batch)
-    out = original(processor, batch, result)
+    out = processor.draft_worker.phases.whole(PROCESS, original, processor, batch, result)
     metrics.end()
     return out
 
@@ -180,6 +186,8 @@ def state_report(_, state, report: dict) -> None:
         strides["steps_by_stride"] = {str(n): count for n, count in sorted(worker.strides.steps.items())}
         if worker.control is not None:
             strides["controller"] = worker.control.as_dict()
-        report["idlm"] = {**strides, **totals}
+        load = {"running": len(state.scheduler.running_batch.reqs), "queued": len(state.scheduler.waiting_queue)}
+        seconds = {phase: round(total, 6) for phase, total in worker.phases.seconds.items()}
+        report["idlm"] = {**strides, **totals, **load, "step_seconds": seconds, "timed_steps": worker.phases.steps}
         if totals["tokens_per_forward"] is not None:
             report["avg_spec_accept_length"] = totals["tokens_per_forward"]

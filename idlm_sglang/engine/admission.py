@@ -14,6 +14,7 @@ from idlm_sglang.engine.requests import (
     derived_seed,
     next_number,
 )
+from idlm_sglang.engine.trace import TRACE_PARAM
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
     stride = _asked(req, STRIDE_PARAM)
     if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= settings.max_stride):
         return "stride", f"custom_params.{STRIDE_PARAM}={stride!r} is not valid; allowed: an integer from 1 to {settings.max_stride}"
+    trace = _asked(req, TRACE_PARAM)
+    if trace is not None and not isinstance(trace, bool):
+        return "trace", f"custom_params.{TRACE_PARAM}={trace!r} is not valid; allowed: true, false"
     return None
 
 
@@ -116,7 +120,9 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
         if _asked(req, SELFCHECK_PARAM):
             reason = SELFCHECK
     coupled = client_seed is not None or (settings is not None and settings.sampling_rule == COUPLED)
-    return RequestPlan(number, mode, reason, stride, seed, coupled, message)
+    # Only the engine's own counting knows where tokens came from: nothing to trace in plain AR serving.
+    trace = settings is not None and mode != REFUSED and _asked(req, TRACE_PARAM) is True
+    return RequestPlan(number, mode, reason, stride, seed, coupled, message, trace)
 
 
 def defuse(req) -> None:

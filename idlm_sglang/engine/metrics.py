@@ -9,8 +9,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from idlm_sglang.engine.phases import PHASES
 from idlm_sglang.engine.requests import SELFCHECK
 from idlm_sglang.engine.spec_io import IsdResult
+from idlm_sglang.engine.trace import trace_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +149,12 @@ class IsdMetrics:
     Args:
         max_drafts: K at the largest stride.
         labels: Prometheus labels (``model_name``, ``dp_rank``), or None to count without publishing.
+        seconds: host seconds by phase since start, kept up to date by their owner (``engine.phases``).
     """
 
-    def __init__(self, max_drafts: int, labels: dict[str, str] | None):
+    def __init__(self, max_drafts: int, labels: dict[str, str] | None, seconds: dict[str, float]):
+        self.seconds = seconds
+        self._published_seconds = dict(seconds)
         self.totals = Totals.none(max_drafts)
         self._unpublished = Totals.none(max_drafts)
         # Told of each step's rounds, as (drafts verified, accepted, whether they were survivors) per request.
@@ -183,8 +188,10 @@ class IsdMetrics:
         figures_of(req).add(tokens, count, run)
         salvage = not single and step.stats[i][3] > 0
         step.seen.append((count, run, salvage))
+        kind = SINGLE if single else SALVAGE if salvage else VERIFY if count else COLD
+        if req.idlm_plan.trace:
+            trace_of(req).add(step.lengths[i], tokens, kind, count, run)
         if req.idlm_plan.reason != SELFCHECK:
-            kind = SINGLE if single else SALVAGE if salvage else VERIFY if count else COLD
             self._count(step.counts, kind, tokens, count, run, step.stats[i][2] if count else 0.0)
             step.counts.answers += req.finished()
         step.ends |= req.finished()
@@ -231,6 +238,8 @@ class IsdMetrics:
         amounts += [(series["rounds"][kind], n) for kind, n in counts.rounds.items()]
         for name in _BY_POSITION:
             amounts += zip(series[name], getattr(counts, name))
+        amounts += [(series["seconds"][phase], self.seconds[phase] - self._published_seconds[phase]) for phase in PHASES]
+        self._published_seconds = dict(self.seconds)
         for counter, n in amounts:
             if n:
                 counter.inc(n)
@@ -278,6 +287,7 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
     salvage_accepted = counter("salvage_accepted", "Survivors of rejections accepted, by position behind the pending token.", ("position",))
     introspection_sum = counter("introspective_acceptance_sum", "Sum of min(1, p/q) over tried drafts, survivors left out.")
     introspection_count = counter("introspective_acceptance_count", "Drafts tried: accepted ones and the first rejected one.")
+    seconds = counter("step_seconds", "Seconds of the scheduler's thread by phase of a step: prepare, forward, choose, process, prefill.", ("phase",))
     requests = requests_counter(labels)
     return {
         "tokens": tokens.labels(**labels),
@@ -289,6 +299,7 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
         "salvage_accepted": by_position(salvage_accepted),
         "introspection_sum": introspection_sum.labels(**labels),
         "introspection_count": introspection_count.labels(**labels),
+        "seconds": {phase: seconds.labels(**labels, phase=phase) for phase in PHASES},
         "requests": requests,
     }
 

@@ -1,6 +1,7 @@
 """What an answer says about itself in ``meta_info``, beside what SGLang says."""
 
 from idlm_sglang.engine.requests import REFUSED
+from idlm_sglang.engine.trace import TRACE, trace_of
 
 # The key under which the scheduler's report travels to the HTTP process.
 REPORT = "idlm_report"
@@ -21,10 +22,13 @@ def reported_seed(req) -> int | None:
 
 
 def report(req) -> dict:
-    """The keys to add to the ``meta_info`` of a chunk of ``req``'s answer."""
+    """The keys to add to the ``meta_info`` of a chunk of ``req``'s answer; of a trace, what is new since the chunk before."""
     seed = reported_seed(req)
     found = {} if seed is None else {"seed": seed}
     figures = getattr(req, "idlm_figures", None)
     if figures is not None and req.finished():
         found |= figures.as_meta_info()
+    trace = trace_of(req)
+    if trace is not None:
+        found[TRACE] = trace.new(len(req.output_ids_through_stop))
     return found

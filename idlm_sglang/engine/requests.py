@@ -33,6 +33,7 @@ class RequestPlan:
         seed: 64-bit key of the request's noise; drawn by the server where the client gave none.
         coupled: the coupled rule decides, so that the seed alone fixes a sampled answer.
         message: for a refused request, what to tell the client.
+        trace: the answer says how each of its tokens came (``engine.trace``).
     """
 
     number: int
@@ -42,6 +43,7 @@ class RequestPlan:
     seed: int
     coupled: bool
     message: str = ""
+    trace: bool = False
 
 
 def derived_seed(server_seed: int, number: int) -> int:

@@ -43,7 +43,7 @@ class SingleStep:
         batch.seq_lens_sum = None
         if penalised is not None:
             self._worker.give_penalties(batch, penalised, batch.seq_lens)
-        out = self._worker.target_worker.forward_batch_generation(batch)
+        out = self._worker.phases.forward(self._worker.target_worker.forward_batch_generation, batch)
         result = self._result(out, out.logits_output, out.next_token_ids)
         if on_publish is not None:
             on_publish(result.new_seq_lens)

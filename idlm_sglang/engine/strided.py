@@ -57,7 +57,7 @@ class StridedStep:
         positions = self._positions.clamp(max=worker.last_position)
         verify = IsdVerifyInput(self.tokens.view(-1), positions.view(-1), self.width, new_visible=self._visible)
         forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
-        out = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+        out = worker.phases.forward(worker.target_worker.forward_batch_generation, batch=None, forward_batch=forward_batch, is_verify=True)
         logits = out.logits_output.next_token_logits.float().view(len(batch.reqs), self.width, -1)
         return out, logits
 

@@ -20,6 +20,7 @@ from idlm_sglang.engine.controller import StrideControl, agreed
 from idlm_sglang.engine.grammar import STRIDED_BACKENDS
 from idlm_sglang.engine.metrics import IsdMetrics
 from idlm_sglang.engine.penalties import TokenCounts, penalised_rows, sampler_terms
+from idlm_sglang.engine.phases import PREFILL, StepPhases
 from idlm_sglang.engine.requests import BatchRows, server_seed, stride_limit
 from idlm_sglang.engine.single import SingleStep
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult
@@ -80,7 +81,8 @@ class IsdWorker(BaseSpecWorker):
         labels = None
         if counts and get_observability().enable_metrics:
             labels = {"model_name": get_serving().served_model_name, "dp_rank": str(get_parallel().dp_rank or 0)}
-        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels) if counts else None
+        self.phases = StepPhases()
+        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels, self.phases.seconds) if counts else None
         self.strides = StrideSeries(labels)
 
     # What SGLang asks of a speculative worker.
@@ -175,8 +177,8 @@ class IsdWorker(BaseSpecWorker):
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             if self.control is not None:
                 self.control.other()
-            return self._extend(batch, on_publish)
-        return self._controlled(batch, on_publish)
+            return self.phases.whole(PREFILL, self._extend, batch, on_publish)
+        return self.phases.decode(self._controlled, batch, on_publish)
 
     def _controlled(self, batch, on_publish):
         """A decode step, with the controller told of it; a change of stride is for the steps behind it."""

@@ -91,6 +91,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--mixed-steps", metavar="on|off", help="with the overlap schedule off, decode steps ride in the forwards of prompts (default on)")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
+    option("--no-live-page", action="store_true", help="no live page at /idlm")
     option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")
     option("--log-file", metavar="PATH", type=Path, help="SGLang's log to this file (default on a terminal: a file that is named)")
 

@@ -213,6 +213,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_SALVAGE": ("--salvage", own.salvage),
         "IDLM_MIXED_STEPS": ("--mixed-steps", own.mixed_steps),
     }
+    if own.no_live_page:
+        typed["IDLM_LIVE_PAGE"] = ("--no-live-page", OFF)
     given = {name: pair for name, pair in typed.items() if pair[1] is not None}
     return {name: value for name, (_, value) in given.items()}, {name: flag for name, (flag, _) in given.items()}
 

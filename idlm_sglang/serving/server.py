@@ -112,6 +112,7 @@ def describe(server_args: Any) -> dict[str, Any]:
         "tp": cfg.tp_size,
         "dp": cfg.dp_size,
         "metrics": cfg.enable_metrics,
+        "live": strided and settings.live_page and cfg.tokenizer_worker_num == 1,
         "host": cfg.host,
         "port": cfg.port,
         "tls": bool(cfg.ssl_certfile),

@@ -51,6 +51,7 @@ def text(launch: Launch, resolved: dict[str, Any]) -> str:
         ("concurrency", f"{resolved['concurrency']} requests" if resolved["concurrency"] else "as much as memory allows"),
         ("device", _device(resolved)),
         ("metrics", f"{url}/metrics" if resolved["metrics"] else "off (--no-metrics)"),
+        *([("live page", f"{url}/idlm")] if resolved["live"] else []),
         ("log", "below" if launch.log_file is None else str(launch.log_file)),
         ("url", f"{url}/v1"),
         ("try", curl(launch, resolved)),

@@ -24,6 +24,10 @@ def test_environment_and_flag():
     assert [read_settings(environ={"IDLM_SELFCHECK": text}).selfcheck for text in ("0", "1", "0.25", "1e-4")] == [0, 1, 0.25, 1e-4]
 
 
+def test_the_live_page_is_on_unless_told_otherwise():
+    assert [read_settings(environ=env).live_page for env in ({}, {"IDLM_LIVE_PAGE": "on"}, {"IDLM_LIVE_PAGE": "off"})] == [True, True, False]
+
+
 def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
     assert read_settings(environ={"IDLM_STRIDE": "auto"}) == Settings(4, 8, auto=True)
     assert read_settings(environ={"IDLM_STRIDE": "AUTO", "IDLM_MAX_STRIDE": "12"}) == Settings(4, 12, auto=True)
@@ -49,6 +53,7 @@ def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
         (None, {"IDLM_SELFCHECK": "-0.1"}, ["IDLM_SELFCHECK", "'-0.1'"]),
         (None, {"IDLM_SELFCHECK": "nan"}, ["IDLM_SELFCHECK", "'nan'"]),
         (None, {"IDLM_SELFCHECK": "often"}, ["IDLM_SELFCHECK", "'often'"]),
+        (None, {"IDLM_LIVE_PAGE": "yes"}, ["IDLM_LIVE_PAGE", "'yes'", "on, off"]),
         (None, {"IDLM_SALVAGE": "on"}, ["IDLM_SALVAGE", "'on'", "auto, branch, chain, off"]),
         (None, {"IDLM_MIXED_STEPS": "yes"}, ["IDLM_MIXED_STEPS", "'yes'", "on, off"]),
         (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),

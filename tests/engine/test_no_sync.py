@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from idlm_sglang.config import BRANCH, CHAIN, OFF, Settings
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
+from idlm_sglang.engine.phases import StepPhases
 from idlm_sglang.engine.state import SlotState
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.worker import IsdWorker
@@ -24,6 +25,7 @@ SLOTS, COLUMNS, VOCAB, K, BATCH = 9, 64, 50, 3, 4
 def fake_worker(device, logits, salvage):
     worker = IsdWorker.__new__(IsdWorker)
     worker.device, worker.mask_id, worker.vocab, worker.last_position = device, 3, VOCAB, COLUMNS - 1
+    worker.phases = StepPhases()
     worker.settings = Settings(stride=K + 1, max_stride=K + 1, salvage=salvage)
     worker.state = SlotState(SLOTS, K, VOCAB, True, device)
     worker.counts = TokenCounts(SLOTS, VOCAB, device)

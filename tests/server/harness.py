@@ -109,6 +109,16 @@ class Server:
                 found[sample] = found.get(sample, 0.0) + float(value)
         return found
 
+    def live(self) -> dict:
+        """The live page's newest sample, read behind this call."""
+        begun = time.time()
+        while time.time() < begun + 60:
+            found = requests.get(f"{self.url}/idlm/stats?since={begun + 1}", timeout=30).json()["samples"]
+            if found:
+                return found[-1]
+            time.sleep(0.2)
+        raise AssertionError("no sample in a minute")
+
     def info(self) -> dict:
         return requests.get(self.url + "/server_info", timeout=60).json()
 

@@ -50,8 +50,10 @@ def test_data_parallel_ranks_have_their_own_series(ar, logs, ranks):
         got = server.many(calls, 16)
         unseeded = server.many([{"prompt": "<|im_start|>user\nMy name is", "temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}] * 40, 16)
         text = requests.get(server.url + "/metrics", timeout=30).text
+        live = server.live()
     assert not differing(want, got)
     # Replicas with one seed would give every answer twice.
     assert len({tuple(ids(a)) for a in unseeded}) > 34, "ranks must not draw the same numbers"
     found = re.findall(r'^idlm:tokens_committed_total\{dp_rank="(\d)",[^}]*\} (\S+)', text, re.M)
+    assert (live["replicas"], live["tokens_committed"]) == (2, sum(float(value) for _, value in found))
     assert sorted(rank for rank, _ in found) == ["0", "1"] and all(float(value) > 0 for _, value in found), found

@@ -136,5 +136,7 @@ def test_the_seed_needs_no_detokenizer(logs, flags):
         first = server.post("/generate", body).json()
         seeds = {seed_of(e) for e in chunks(server, body)}
         assert len(seeds) == 1
+        refused = server.post("/idlm/decode", {"prompt": "x"})
+        assert refused.status_code == 400 and "--skip-tokenizer-init" in refused.text
         body["sampling_params"] |= {"sampling_seed": seed_of(first), "custom_params": {"idlm_stride": 1}}
         assert requests.post(server.url + "/generate", json=body, timeout=60).json()["output_ids"] == first["output_ids"]

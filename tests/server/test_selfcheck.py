@@ -140,7 +140,8 @@ def test_the_cache_is_flushed_while_an_answer_is_checked(checked):
 
 
 def test_an_orderly_stop_does_not_wait_for_the_queue(logs):
-    with Server("stopping", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env={"IDLM_SELFCHECK": "1"}) as server:
+    with Server("stopping", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env={"IDLM_SELFCHECK": "1", "IDLM_LIVE_PAGE": "off"}) as server:
+        assert [server.post("/idlm/decode", {}).status_code, *(requests.get(server.url + path, timeout=60).status_code for path in ("/idlm", "/idlm/stats"))] == [404] * 3
         calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 400} for p in prompts(8, seed=240)]
         server.many(calls, 8)
         server.process.terminate()

@@ -81,6 +81,10 @@ def test_metrics_can_be_left_out():
     assert "--enable-metrics" not in launch("--no-metrics").argv
 
 
+def test_the_live_page_can_be_left_out():
+    assert launch("--no-live-page").environ == {"IDLM_LIVE_PAGE": "off"} and launch().environ == {}
+
+
 @pytest.mark.parametrize(
     ("host", "address"),
     [("0.0.0.0", "127.0.0.1:30000"), ("::", "[::1]:30000"), ("10.0.0.1", "10.0.0.1:30000"), ("fe80::1", "[fe80::1]:30000")],

@@ -27,6 +27,7 @@ RESOLVED = {
     "tp": 2,
     "dp": 1,
     "metrics": True,
+    "live": True,
     "host": "0.0.0.0",
     "port": 31200,
     "tls": False,
@@ -59,6 +60,7 @@ def test_the_summary_names_every_choice():
         "64 requests",
         "NVIDIA H200, 140 GiB, triton attention, TP 2, platform CudaSRTPlatform",
         "http://127.0.0.1:31200/metrics",
+        "http://127.0.0.1:31200/idlm\n",
         "http://127.0.0.1:31200/v1\n",
         "curl ",
     ):
@@ -70,9 +72,9 @@ def test_the_summary_of_a_server_that_chooses_its_stride_says_between_what():
 
 
 def test_the_summary_of_an_ar_server_speaks_of_no_stride():
-    resolved = RESOLVED | {"algorithm": None, "stride": None, "max_stride": None, "rule": None, "mask": None, "metrics": False}
+    resolved = RESOLVED | {"algorithm": None, "stride": None, "max_stride": None, "rule": None, "mask": None, "metrics": False, "live": False}
     text = summary.text(a_launch(), resolved)
-    assert "autoregressive" in text and "stride" not in text and "off (--no-metrics)" in text
+    assert "autoregressive" in text and "stride" not in text and "off (--no-metrics)" in text and "/idlm" not in text
 
 
 LOG = (
