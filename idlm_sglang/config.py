@@ -49,6 +49,7 @@ class Settings:
         salvage: what a rejection leaves for the next step: survivors for a ``branch`` round or a ``chain``, or nothing (``off``).
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
         auto: the stride controller chooses N, step by step.
+        lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
     """
 
     stride: int = DEFAULT_STRIDE
@@ -59,6 +60,7 @@ class Settings:
     salvage: str = AUTO
     strided_grammars: bool = True
     auto: bool = False
+    lora: str | None = None
 
     @property
     def max_width(self) -> int:
@@ -104,8 +106,8 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK`` and
-    ``IDLM_SALVAGE`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``,
+    ``IDLM_SALVAGE`` and ``IDLM_LORA`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -140,6 +142,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     salvage = env.get("IDLM_SALVAGE", AUTO)
     if salvage not in SALVAGE:
         raise SettingError(f"IDLM_SALVAGE={salvage!r} is not known; allowed: {', '.join(SALVAGE)}")
+    lora = env.get("IDLM_LORA")
+    if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
+        raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
     return Settings(
         stride=stride,
         auto=auto,
@@ -148,6 +153,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         sampling_rule=rule,
         selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
         salvage=salvage,
+        lora=lora,
     )
 
 

@@ -122,7 +122,8 @@ def prefill_with_masks(worker, batch, masked: list[int], rows: BatchRows):
     longer, read = with_masks(batch, masked, k, worker.mask_id, worker.req_to_token)
     worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
     forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)
-    with worker.model_runner.model.logits_processor.reading(on_device(torch.tensor(read, dtype=torch.int64), worker.device)):
+    reading = on_device(torch.tensor(read, dtype=torch.int64), worker.device)
+    with worker.model_runner.model.logits_processor.reading(reading), worker.gate.on(reading[count:]):
         result = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
     logits = result.logits_output.next_token_logits
 

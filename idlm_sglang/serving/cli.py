@@ -30,6 +30,7 @@ examples:
   idlm serve /models/I-DLM-8B --tp-size 2            a checkpoint on two GPUs
   idlm serve /models/I-DLM-8B --max-stride 8         requests may ask for a stride of up to 8
   idlm serve /models/I-DLM-8B --ar                   the same checkpoint, one token per forward, for comparison
+  idlm serve /models/Qwen3-8B --idlm-lora /adapters/r128    Qwen3-8B's own answers, several tokens per forward
 
 exit code: 0 after an orderly stop (SIGTERM, Ctrl-C; a second one ends it at once), 1 or 2 for settings that cannot be
 served or a server that failed, 128 + n when it was ended by signal n."""
@@ -88,6 +89,8 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")
     option("--salvage", metavar="MODE", help="what a rejection leaves for the next step: auto (default), branch, chain or off")
+    option("--idlm-lora", metavar="ADAPTER", help="a LoRA adapter (PEFT's directory) for the MASK rows alone: the answers are MODEL's own")
+    option("--demo", metavar="NAME", help="which embedded model, where none is named: idlm (default), or risd, a plain AR model with such an adapter")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
     option("--verbose", action="store_true", help="SGLang's log to standard error (default where that is not a terminal)")
