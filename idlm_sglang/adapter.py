@@ -142,7 +142,7 @@ def weight_keys(adapter: Adapter, config: Any) -> dict[tuple[int, str], tuple[st
         for side in "AB":
             if side not in found.get(place, {}):
                 raise adapter.error(f"layer {place[0]} lacks lora_{side} of {place[1]}, which target_modules names", "both of every module")
-    extra = next((place for place in found if place not in wanted), None)
+    extra = min((place for place in found if place not in wanted), default=None)
     if extra is not None:
         raise adapter.error(f"layer {extra[0]} has {extra[1]}, which target_modules does not name", "the modules of target_modules")
     return {place: (found[place]["A"], found[place]["B"]) for place in wanted}
