@@ -71,7 +71,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,migrate,bench,eval}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,convert,check,replay,migrate,bench,eval}")
 
     serve = commands.add_parser(
         "serve",
@@ -116,6 +116,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     migrate.add_argument("file", metavar="CONFIG.yaml", help="the fork's settings")
     migrate.add_argument("--model", metavar="MODEL", default="MODEL", help="the checkpoint to name in the command (default: the word MODEL)")
     # Listed for the help alone: what follows is read by the commands' own modules.
+    commands.add_parser("convert", help="train an adapter for an AR model, or an I-DLM from it", add_help=False)
     commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
     commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
     return top, serve
@@ -129,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Parsed on its own: SGLang's flags and their values are words that no parser here knows.
         own, rest = serve.parse_known_args(words[1:])
         return _serve(own, rest)
+    if words[:1] == ["convert"]:
+        from idlm_sglang.convert.command import main as convert
+
+        return convert(words[1:], _Parser)
     if words[:1] == ["bench"]:
         return _bench(words[1:])
     if words[:1] == ["eval"]:
