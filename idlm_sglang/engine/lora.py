@@ -81,17 +81,21 @@ class LoraLinear:
 
     Args:
         a: ``(P r, in)``, the A of its P parts, one under the other.
-        parts: for each part first output column and B ``(out, r)``, scaled.
+        bs: for each part B ``(out, r)``, scaled; side by side they make up the layer's output.
     """
 
-    def __init__(self, a: torch.Tensor, parts: list[tuple[int, torch.Tensor]]):
-        self.a, self.parts = a, parts
+    def __init__(self, a: torch.Tensor, bs: list[torch.Tensor]):
+        self.a, self.bs = a, bs
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + sum(b.nbytes for b in self.bs)
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
         """``y[rows] += B (A x[rows])`` for ``y`` ``(T, out)``, ``x`` ``(T, in)``; the other rows of ``y`` are not touched."""
-        hidden = x.index_select(0, rows) @ self.a.T
-        for (first, b), h in zip(self.parts, hidden.chunk(len(self.parts), 1)):
-            y[:, first : first + b.shape[0]].index_add_(0, rows, h @ b.T)
+        hidden = (x.index_select(0, rows) @ self.a.T).chunk(len(self.bs), 1)
+        parts = [h @ b.T for h, b in zip(hidden, self.bs)]
+        y.index_add_(0, rows, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
 
 def attach(model: nn.Module, path: str | None, config, dtype: torch.dtype, device) -> Gate:
@@ -112,7 +116,7 @@ def attach(model: nn.Module, path: str | None, config, dtype: torch.dtype, devic
         owner = getattr(model.model.layers[layer], block)
         linear = getattr(owner, name)
         linear.idlm_lora = lora = _shard(linear, sides, adapter.scaling, dtype, device)
-        size += lora.a.nbytes + sum(b.nbytes for _, b in lora.parts)
+        size += lora.nbytes
         _gate_method(gate, linear.quant_method)
         if hasattr(owner, "dual_gemm"):  # a fused kernel over both projections, which asks no layer
             _only_ungated(gate, owner.dual_gemm, "can_run")
@@ -139,14 +143,17 @@ def _shard(linear: nn.Module, sides: dict, scaling: float, dtype: torch.dtype, d
     if None in sides:
         a, b = sides[None]
         inside = linear.input_size_per_partition
-        return LoraLinear(here(a[:, rank * inside : (rank + 1) * inside]), [(0, here(b.float() * scaling))])
-    widths, parts = linear.output_partition_sizes, []
-    for part, (_, b) in sorted(sides.items()):
-        width = widths[part]
+        return LoraLinear(here(a[:, rank * inside : (rank + 1) * inside]), [here(b.float() * scaling)])
+    some, _ = next(iter(sides.values()))
+    as_, bs = [], []
+    for part, width in enumerate(linear.output_partition_sizes):
+        # Parts that are not adapted get zeros, so that all are added at once.
+        a, b = sides.get(part) or (torch.zeros_like(some), torch.zeros(width * size, len(some)))
         # KV heads are repeated where there are fewer of them than ranks.
-        shard = rank // (width * size // b.shape[0])
-        parts.append((sum(widths[:part]), here(b[shard * width : (shard + 1) * width].float() * scaling)))
-    return LoraLinear(here(torch.cat([a for _, (a, _) in sorted(sides.items())])), parts)
+        shard = rank // (width * size // len(b))
+        as_.append(a)
+        bs.append(here(b[shard * width : (shard + 1) * width].float() * scaling))
+    return LoraLinear(here(torch.cat(as_)), bs)
 
 
 def _gate_method(gate: Gate, method) -> None:

@@ -1,5 +1,6 @@
 """The gated adapter: base rows bit for bit the base's, MASK rows what PEFT computes, on SGLang's own linear layers."""
 
+import copy
 from types import SimpleNamespace
 
 import peft
@@ -75,8 +76,6 @@ def original():
 @pytest.fixture(scope="module")
 def adapted(original, tmp_path_factory):
     """(PEFT's model with random A and B, directory that PEFT saved it in)."""
-    import copy
-
     torch.manual_seed(1)
     settings = peft.LoraConfig(r=5, lora_alpha=8, use_rslora=True, target_modules=[m for modules in LAYERS.values() for m in modules])
     model = peft.get_peft_model(copy.deepcopy(original), settings).eval()
@@ -196,6 +195,22 @@ def test_ranks_hold_shares_that_add_up(original, adapted, size):
             held = [output.split(places[rank][3].output_partition_sizes, 1)[j] for rank, output in enumerate(outputs)]
             repeats = size * held[0].shape[1] // part.shape[1]
             torch.testing.assert_close(torch.cat(held[::repeats], 1)[rows], part[rows], atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_modules_that_the_adapter_leaves_out_stay_the_base_s(original, tmp_path):
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(original), settings).eval()
+    model.save_pretrained(tmp_path)
+    own, gate = attached(original, (model, str(tmp_path)))
+    rows = torch.tensor([1, 4])
+    for i, block, name, layer in own.each():
+        x = torch.randn(6, layer.input_size)
+        base = product(layer, x)
+        with gate.on(rows):
+            gated = product(layer, x)
+        check_rows(base, gated, peft_output(model, i, block, LAYERS[block, name], x), rows)
+        assert (name == "qkv_proj") != torch.equal(base, gated)
 
 
 @torch.inference_mode()

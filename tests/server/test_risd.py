@@ -12,7 +12,7 @@ from tests.server.harness import differing, held_out_prompts, ids, prompts
 from tests.server.test_identity import per_forward
 from tests.server.test_stride_switch import switch
 
-MASK, EOS = 3, 2
+MASK, ENDS = 3, frozenset({0, 2})
 GREEDY = {"temperature": 0, "max_new_tokens": 40}
 
 
@@ -89,7 +89,7 @@ def test_mask_rows_are_peft_s_through_the_whole_model(risd):
     served = [(ids(reply), reply["meta_info"]["spec_verify_ct"]) for reply in replies]
     found = {}
     for salvage in (BRANCH, OFF):
-        plain = [decode(logits, p, 4, MASK, one_row(), GREEDY["max_new_tokens"], frozenset({EOS}), salvage) for p in asked]
+        plain = [decode(logits, p, 4, MASK, one_row(), GREEDY["max_new_tokens"], ENDS, salvage) for p in asked]
         found[salvage] = [(d.tokens, d.forwards) for d in plain]
     print(f"rounds: served {sum(n for _, n in served)}, plain loop {sum(n for _, n in found[BRANCH])}, without salvage {sum(n for _, n in found[OFF])}")
     assert served == found[BRANCH]
