@@ -36,7 +36,8 @@ class Counts:
 
 
 class Decoder:
-    """A checkpoint in fp32 with its tokenizer, and a gated adapter on top of it where one is given. The MASK logit is removed everywhere.
+    """A checkpoint in fp32 with its tokenizer, and a gated adapter on top of it where one is given. The MASK logit is removed everywhere, with an
+    adapter at the MASK rows alone: the others are the base's.
 
     coupled: the rule of sampled answers. Without an adapter and without a MASK in its config the checkpoint is an AR model: stride 1 only.
     """
@@ -88,7 +89,7 @@ class Decoder:
             branch = {"position_ids": past + row_offsets(c, f, width), "attention_mask": torch.where(visible, 0.0, float("-inf"))[:, None]}
         logits = self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, **branch).logits[0]
         if self.mask is not None:
-            logits[:, self.mask] = float("-inf")
+            logits[len(tokens) - masks if self.gate else 0:, self.mask] = float("-inf")
         return logits
 
     @torch.inference_mode()
