@@ -6,13 +6,15 @@ _TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "L
 _USED = 0.4  # share of that figure: an assumption
 
 
-def estimate(parameters: int, trained: int, weight_bytes: int, tokens: int, device: torch.device, tflops: float | None) -> str:
+def estimate(frozen: int, trained: int, frozen_bytes: int, tokens: int, device: torch.device, tflops: float | None) -> str:
     """One line: 6 x parameters x tokens FLOPs over the device's figure, and the memory of what does not depend on the batch.
 
-    parameters: all of the model. trained: those with a gradient and two moments of AdamW, fp32. tokens: of the whole training, MASKs included.
+    frozen: parameters of `frozen_bytes` each. trained: fp32 parameters with a gradient and the two moments of AdamW. tokens: of the whole
+    training, MASKs included.
     """
+    parameters = frozen + trained
     flops = 6 * parameters * tokens
-    gigabytes = (parameters * weight_bytes + trained * 12) / 1e9
+    gigabytes = (frozen * frozen_bytes + trained * 16) / 1e9
     if tflops is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tflops = next((figure for part, figure in _TFLOPS.items() if part in name), None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 NO_LABEL = -100
+_UNIT = 64  # MASKs: rows are filled up to a multiple, since each new shape costs a CPU time and memory for its kernels
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def build_batch(conversations: Iterator[tuple[list[int], list[bool]]], mask_id: 
         labels, predicts = clean_labels(ids, answer)
         anchors = tiles(predicts, size, rng.randrange(size)) or tiles(predicts, size, 0)
         made.append((ids, document, positions, labels, anchors))
-    most = max(len(row[-1]) for row in made)
+    unit = -(-_UNIT // size)
+    most = -(-max(len(row[-1]) for row in made) // unit) * unit
     result = []
     for ids, document, positions, labels, anchors in made:
         fill = most - len(anchors)

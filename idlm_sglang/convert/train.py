@@ -170,7 +170,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush
         trainer = Trainer(plan, model, mask_id, chats.Stream(training, encoder, plan.length, plan.seed), dtype)
         trained = sum(p.numel() for p in trainer.trained.values())
         tell(f"{parameters:,} parameters of the base, {trained:,} trained; {len(training):,} conversations to train on, {len(held_out):,} held out; {device}")
-        tell(cost.estimate(parameters, trained, 0 if plan.full else weights.itemsize, 2 * plan.steps * plan.rows * plan.length, device, plan.tflops))
+        tell(cost.estimate(0 if plan.full else parameters, trained, weights.itemsize, 2 * plan.steps * plan.rows * plan.length, device, plan.tflops))
         if reached:
             trainer.restore(reached)
             tell(f"going on behind step {trainer.step}")
