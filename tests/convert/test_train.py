@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from idlm_sglang.checkpoint import ARCHITECTURE, check_architecture, resolve_mask_token_id
-from idlm_sglang.convert import chats, distill, measure, train
+from idlm_sglang.convert import base as bases
+from idlm_sglang.convert import chats, distill, measure, objective, train
+from idlm_sglang.convert.rows import build_batch
 from idlm_sglang.demo import RISD_ADAPTER_DIR, RISD_BASE_DIR
 from idlm_sglang.demo.corpus import held_out_dialogues
 from idlm_sglang.demo.evaluate import Counts, Decoder
@@ -101,3 +104,31 @@ def test_the_embedded_adapter_gives_the_bases_answers_at_over_two_tokens_per_for
         assert risd.generate(prompt, 4, 0.0, off) == wanted
     print(f"{counts.tokens / counts.forwards:.2f} tokens per forward at N = 4, {off.tokens / off.forwards:.2f} with the adapter off")
     assert counts.tokens / counts.forwards > 2.0 > 1.3 > off.tokens / off.forwards
+
+
+def test_what_a_gpu_uses_gives_the_same_gradients(plan, monkeypatch):
+    """bf16 weights, the fused attention, layers computed again in the backward pass and logits in chunks, all on the CPU."""
+    chosen = plan()
+    found = []
+    for like_gpu in False, True:
+        weights = torch.bfloat16 if like_gpu else torch.float32
+        model = bases.load_model(chosen.base, bases.load_config(chosen.base), torch.device("cpu"), weights)
+        if like_gpu:
+            model.set_attn_implementation("sdpa")
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            monkeypatch.setattr(objective, "CHUNK", 16)
+        stream = chats.Stream(chats.read(chosen.data), chats.Encoder(bases.load_tokenizer(chosen.base)), chosen.length, 0)
+        trainer = train.Trainer(chosen, model, 3, stream, weights)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in trainer.trained.values():
+                p.copy_(torch.randn(p.shape) * 0.05)
+        batch = build_batch(iter(stream), 3, random.Random(0), 2, chosen.length, 3)
+        with trainer.cast():
+            losses = objective.losses(trainer.hidden(batch), model.lm_head, batch, clean=True)
+        (losses.hard + losses.soft).backward()
+        found.append((losses, torch.cat([p.grad.flatten() for p in trainer.trained.values()])))
+    (plain, exact), (other, rounded) = found
+    cosine = torch.nn.functional.cosine_similarity(exact, rounded, 0).item()
+    print(f"cosine of the gradients {cosine:.5f}; losses {plain.hard:.3f} {plain.clean:.3f}, {other.hard:.3f} {other.clean:.3f}")
+    assert cosine > 0.995 and other.hard.item() == pytest.approx(plain.hard.item(), rel=0.01) and other.clean.item() == pytest.approx(plain.clean.item(), rel=0.01)
