@@ -56,7 +56,8 @@ def mask_token(config: Any, tokenizer: Any, asked: str | None) -> tuple[int, str
     used = max(tokenizer.get_vocab().values()) + 1
     if used < size:
         return used, f"a spare row of BASE's embedding ({size - used} of {size} have no token)"
-    raise SettingError(f"BASE has no token to be MASK: no {MASK_TOKEN} in its tokenizer and no spare row among the {size} of its embedding; allowed: --mask-token TOKEN, one it never needs")
+    raise SettingError(f"BASE has no token to be MASK: no {MASK_TOKEN} in its tokenizer and no spare row among the {size} of its embedding; "
+                       "allowed: --mask-token TOKEN, one it never needs")
 
 
 def load_model(base: str, config: Any, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ FILE = "answers.jsonl"
 
 
 @torch.inference_mode()
-def regenerate(source: list[Messages], path: Path, answer: Callable[[list[Messages]], list[str | None]], tell: Callable[[str], None]) -> list[Messages]:
+def regenerate(source: list[Messages], path: Path, answer: Callable[[list[Messages]], list[str | None]], seed: int, tell: Callable[[str], None]) -> list[Messages]:
     """The conversations with every answer written anew, one after the other; those with an answer that does not end are left out.
 
-    They are kept in `path`, batch by batch in `path`.part, from which an interrupted run goes on.
+    They are kept in `path`, batch by batch in `path`.part, from which an interrupted run goes on. Each batch has a torch seed of its own.
     """
     if path.is_file():
         return chats.read(path)
     part = path.with_name(path.name + ".part")
     start = _keep_whole_batches(part)
     for first in range(start, len(source), BATCH):
+        torch.manual_seed(zlib.crc32(f"{seed}-{first}".encode()))
         done = _batch(source[first : first + BATCH], answer)
         with part.open("a", encoding="utf-8") as file:
             for i, messages in enumerate(done):

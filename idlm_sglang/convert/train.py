@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Trainer:
             losses = objective.losses(self.hidden(batch), self.model.lm_head, batch, clean=plan.full)
         loss = self._total(losses)
         if not torch.isfinite(loss):
-            raise Failed(f"the loss is {loss.item()} at step {self.step + 1}; lower --learning-rate {plan.learning_rate:g}, and use another --out or remove {plan.out}")
+            raise Failed(f"the loss is {loss.item()} at step {self.step + 1}; lower --learning-rate {plan.learning_rate:g}, "
+                         f"and use another --out or remove {plan.out}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self._optimizer.step()
@@ -128,7 +130,7 @@ class Trainer:
         else:
             self.model.to(torch.bfloat16).save_pretrained(out)
             tokenizer.save_pretrained(out)
-            _edit(out / "config.json", {"architectures": [ARCHITECTURE], "model_type": "qwen3", "mask_token_id": self.mask_id})
+            _edit(out / "config.json", {"architectures": [ARCHITECTURE], "model_type": "qwen3", "mask_token_id": self.mask_id, "auto_map": None})
         for p in self.trained.values():
             p.data = p.data.to(torch.float32)
 
@@ -138,8 +140,10 @@ class Trainer:
             return self.model.lm_head(self.hidden(batch.to(self.device)))
 
 
-def _edit(path: Any, entries: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2, sort_keys=True) + "\n")
+def _edit(path: Path, entries: dict[str, Any]) -> None:
+    """Set entries of a JSON file; those that are None go."""
+    content = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in entries or value is not None}, indent=2, sort_keys=True) + "\n")
 
 
 def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
@@ -163,8 +167,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush
     try:
         if plan.self_distill:
             answer = distill.answers_of(model, tokenizer, encoder, mask_id, plan.temperature, plan.length)
-            torch.manual_seed(plan.seed)
-            source = distill.regenerate(source, plan.out / distill.FILE, answer, lambda line: _told(tell, line, interrupted))
+            source = distill.regenerate(source, plan.out / distill.FILE, answer, plan.seed, lambda line: _told(tell, line, interrupted))
         training, held_out = chats.split(source, plan.held_out, plan.seed)
         parameters = sum(p.numel() for p in model.parameters())
         trainer = Trainer(plan, model, mask_id, chats.Stream(training, encoder, plan.length, plan.seed), dtype)
@@ -194,7 +197,8 @@ def _measure(trainer: Trainer, held_out: list[chats.Encoded], tell: Callable[[st
         positions = " ".join(f"{p:.2f}" for p in figure["accepted_by_position"])
         strides = "  ".join(f"N = {n} {rate:.2f}" for n, rate in figure["tokens_per_forward"].items())
         tell(f"held out, {mode}: accepted by position {positions}; predicted tokens per forward {strides}")
-    record = {"conversations": len(held_out), "drafts": found.drafts, "behind": "the base's own answers" if plan.self_distill else "the answers of the data", **figures}
+    text = "the base's own answers" if plan.self_distill else "the answers of the data"
+    record = {"conversations": len(held_out), "drafts": found.drafts, "behind": text, **figures}
     (plan.out / ACCEPTANCE).write_text(json.dumps(record, indent=2) + "\n")
 
 

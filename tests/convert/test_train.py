@@ -75,8 +75,8 @@ def test_answers_of_the_base_are_its_greedy_answers_and_go_on_after_an_interrupt
         return answer(started)
 
     with pytest.raises(KeyboardInterrupt):
-        distill.regenerate(source, path, interrupted, lambda line: None)
-    made = distill.regenerate(source, path, interrupted, lambda line: None)
+        distill.regenerate(source, path, interrupted, 0, lambda line: None)
+    made = distill.regenerate(source, path, interrupted, 0, lambda line: None)
     assert calls == [32, 8, 8], "the first batch is not asked again"
     assert len(made) == 40
     for messages, item in zip(made[::5], held_out_dialogues(4, 40, ["greeting", "parity", "capital"])[::5]):
