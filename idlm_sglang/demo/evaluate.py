@@ -158,9 +158,15 @@ def _different(items: list[Dialogue], count: int) -> list[Dialogue]:
     return list({tuple(question for question, _ in item.turns): item for item in items}.values())[:count]
 
 
-def measure_speed(decoder: Decoder, ar: Decoder, prompts: list[list[int]], strides: list[int], policies: list[str]) -> None:
-    """Print one line per mode, stride and policy behind a rejection for these prompts. `ar` gives the answers to compare with, at stride 1."""
+def measure_speed(decoder: Decoder, ar: Decoder, prompts: list[list[int]], strides: list[int], policies: list[str], ended: bool = False) -> None:
+    """Print one line per mode, stride and policy behind a rejection for these prompts. `ar` gives the answers to compare with, at stride 1.
+
+    ended: leave out the prompts whose greedy answer does not end with a stop token within MAX_NEW_TOKENS.
+    """
     reference = [ar.generate(p, 1, 0.0, Counts()) for p in prompts]
+    if ended:
+        kept = [i for i, answer in enumerate(reference) if answer[-1] in ar.eos]
+        prompts, reference = [prompts[i] for i in kept], [reference[i] for i in kept]
     sampled = [ar.generate(p, 1, 1.0, Counts()) for p in prompts] if decoder.coupled else None
     print(f"  {sum(map(len, reference)) / len(reference):.1f} tokens per greedy answer, {sum(r[-1] in decoder.eos for r in reference)}/{len(prompts)} end with a stop token")
     for temperature in (0.0, 1.0):
@@ -202,6 +208,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=20, help="prompts per family and kind of novelty for the answers (0: skip)")
     parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
     parser.add_argument("--strides", default="2,3,4,8")
+    parser.add_argument("--ended", action="store_true", help="leave out prompts whose greedy answer does not end (for the speed)")
     parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {OFF}, {BRANCH}, {CHAIN})")
     parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
     parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
@@ -230,11 +237,11 @@ def main() -> None:
     for name, items in prompt_sets(args.prompts, args.seed).items() if args.prompts else ():
         print(f"{name}: {len(items)} prompts", flush=True)
         prompts, strides = [decoder.prompt(item) for item in items], [int(n) for n in args.strides.split(",")]
-        measure_speed(decoder, ar, prompts, strides, policies)
+        measure_speed(decoder, ar, prompts, strides, policies, args.ended)
         if args.adapter:
             print(" adapter off", flush=True)
             decoder.active = False
-            measure_speed(decoder, ar, prompts, strides, policies[:1])
+            measure_speed(decoder, ar, prompts, strides, policies[:1], args.ended)
             decoder.active = True
     if args.answers:
         print("greedy answers that are exactly right, on held-out prompts", flush=True)
