@@ -15,6 +15,7 @@ from idlm_sglang.engine.lora import Gate, LoraLinear
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.worker import IsdWorker
 from idlm_sglang.isd.penalties import PenaltyRows
 
@@ -98,7 +99,8 @@ def step(device, rejection, monkeypatch, salvage=OFF):
     with FakeTensorMode(allow_non_fake_inputs=False):
         worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device), salvage)
         published = []
-        result = worker._strided_step(fake_batch(device), fake_rows(device, rejection), published.append)
+        step = StridedStep(worker, fake_batch(device), fake_rows(device, rejection), salvage)
+        result = step.finish(*step.verify(), published.append)
     return result, published
 
 

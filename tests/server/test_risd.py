@@ -35,7 +35,7 @@ def answers(risd_ar):
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_answers_are_the_base_model_s_at_every_stride(risd, answers, stride):
-    """In batches that mix prompt chunks with decode rows, behind rejections with a branch."""
+    """In forwards of prompt chunks that take decode steps along, behind rejections with a branch or a chain."""
     assert "type=IDLMForCausalLM" in risd.log.read_text(errors="replace")
     assert switch(risd, stride) == [True]
     try:
@@ -43,6 +43,7 @@ def test_answers_are_the_base_model_s_at_every_stride(risd, answers, stride):
     finally:
         switch(risd, 4)
     assert not differing(answers, got)
+    assert risd.metrics()["idlm:mixed_steps_total"] > 0
     print(f"stride {stride}: {len(got)}/{len(got)} identical to the base model's AR")
 
 
