@@ -22,6 +22,7 @@ COUPLED = "coupled"
 # What a rejection leaves; `isd.layout` has the three below `auto`, which is resolved by the attention backend.
 BRANCH, CHAIN, OFF = "branch", "chain", "off"
 SALVAGE = (AUTO, BRANCH, CHAIN, OFF)
+ON = "on"
 
 
 class SettingError(SystemExit, ValueError):
@@ -49,6 +50,7 @@ class Settings:
         salvage: what a rejection leaves for the next step: survivors for a ``branch`` round or a ``chain``, or nothing (``off``).
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
         auto: the stride controller chooses N, step by step.
+        mixed_steps: with the overlap schedule off, a prefill's forward takes the decode step of the running requests along.
         lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
     """
 
@@ -60,6 +62,7 @@ class Settings:
     salvage: str = AUTO
     strided_grammars: bool = True
     auto: bool = False
+    mixed_steps: bool = True
     lora: str | None = None
 
     @property
@@ -106,8 +109,8 @@ def _integer(name: str, text: str, low: int, high: int | None) -> int:
 def read_settings(num_steps: int | None = None, environ: dict[str, str] | None = None) -> Settings:
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
-    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``,
-    ``IDLM_SALVAGE`` and ``IDLM_LORA`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``,
+    ``IDLM_MIXED_STEPS`` and ``IDLM_LORA`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -142,6 +145,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     salvage = env.get("IDLM_SALVAGE", AUTO)
     if salvage not in SALVAGE:
         raise SettingError(f"IDLM_SALVAGE={salvage!r} is not known; allowed: {', '.join(SALVAGE)}")
+    mixed = env.get("IDLM_MIXED_STEPS", ON)
+    if mixed not in (ON, OFF):
+        raise SettingError(f"IDLM_MIXED_STEPS={mixed!r} is not known; allowed: {ON}, {OFF}")
     lora = env.get("IDLM_LORA")
     if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
         raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
@@ -153,6 +159,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         sampling_rule=rule,
         selfcheck=DEFAULT_SELFCHECK if checked is None else share(f"IDLM_SELFCHECK={checked!r}", checked),
         salvage=salvage,
+        mixed_steps=mixed == ON,
         lora=lora,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from idlm_sglang import platform
+from idlm_sglang.compat.beside import decode_beside_prefill, finish_both
 from idlm_sglang.compat.ends import (
     defer_reasoning,
     finish_token_by_token,
@@ -103,6 +104,8 @@ PATCHES = (
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", room_for_masks),
+    Patch(_SRT + "managers.scheduler.Scheduler.run_batch", "AROUND", decode_beside_prefill),
+    Patch(_SRT + "managers.scheduler.Scheduler.process_batch_result", "AROUND", finish_both),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", grammar_behind_end),

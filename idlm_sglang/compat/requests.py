@@ -71,26 +71,10 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     Guard: the hook applied; seeded tests, and replays of unseeded answers at one token per step.
     Goes when: ``SamplingBatchInfo`` carries every request's seed.
     """
-    info = batch.sampling_info
-    if info is None:
-        return
-    info.idlm_seeds = None
-    if info.sampling_seed is not None:
-        return  # --enable-deterministic-inference in AR serving: SGLang's own seeds, batch-mates included
-    if forward_batch.forward_mode.is_target_verify():
-        return  # The worker has the seeds of its own step.
-    import torch
+    from idlm_sglang.engine.sampler import give_seeds
 
-    from idlm_sglang.engine.admission import plan_of
-    from idlm_sglang.engine.requests import server_seed
-    from idlm_sglang.engine.transfer import on_device
-    from idlm_sglang.isd.target import truncation
-
-    plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
-    if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
-        return
-    info.idlm_truncation = truncation((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
-    info.idlm_seeds = on_device(torch.tensor([plan.seed for plan in plans], dtype=torch.int64), batch.device)
+    # In a verify forward the worker has the seeds of its own step.
+    give_seeds(batch, batch.sampling_info, wanted=not forward_batch.forward_mode.is_target_verify())
 
 
 def token_keyed_sampler(sampler, *_, **__):

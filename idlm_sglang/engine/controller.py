@@ -50,9 +50,12 @@ class StrideControl:
         size, _, seconds = found
         self._speed = _recent(self._speed, self._controller.times.seconds(size, 1) / seconds)
 
-    def end(self, batch: int) -> int | None:
-        """The worker is done with a decode step of ``batch`` requests; the stride of the next ones where it is time to decide."""
+    def end(self) -> None:
+        """The worker is done with the step that was started last."""
         self._clock.end()
+
+    def decide(self, batch: int) -> int | None:
+        """After a decode step of ``batch`` requests, timed or not: the stride of the next ones where it is time to decide."""
         self._steps += 1
         if self._steps % self._controller.policy.interval:
             return None

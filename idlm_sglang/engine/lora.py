@@ -54,7 +54,7 @@ class Gate:
     @contextmanager
     def on(self, rows: torch.Tensor) -> Iterator[None]:
         """In here forwards add the adapter at these rows (any shape, int64, on the device). Nothing waits for the device."""
-        if not self.adapted:
+        if not self.adapted or not rows.numel():
             yield
             return
         self.rows = self._buffer[: rows.numel()].copy_(rows.reshape(-1))
@@ -63,12 +63,20 @@ class Gate:
         finally:
             self.rows = None
 
-    def masks(self, counts: torch.Tensor, k: int):
-        """:meth:`on` for the MASK rows of a step: K behind the ``counts`` ``(B,)`` drafts of each request, of 2K + 1 rows."""
+    def masks(self, counts: torch.Tensor, k: int, first: int = 0, others: torch.Tensor | None = None):
+        """:meth:`on` for the MASK rows of a decode step.
+
+        Args:
+            counts: ``(B,)`` integer drafts of each request, behind which its K MASK rows stand.
+            k: K; each request has 2K + 1 rows.
+            first: row of the forward at which the step begins.
+            others: ``(n,)`` int64 further rows.
+        """
         if not self.adapted:
             return self.on(counts)
-        first = torch.arange(len(counts), device=counts.device) * (2 * k + 1)
-        return self.on(first[:, None] + mask_rows(counts, k))
+        starts = first + torch.arange(len(counts), device=counts.device) * (2 * k + 1)
+        rows = (starts[:, None] + mask_rows(counts, k)).flatten()
+        return self.on(rows if others is None else torch.cat((others, rows)))
 
     def keep_eager(self, runner) -> None:
         """Gated forwards stay out of a prefill graph runner: its graphs were captured without the adapter."""

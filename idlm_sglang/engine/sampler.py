@@ -8,8 +8,27 @@ SGLang's own path, untouched.
 import torch
 from sglang.srt.layers.sampler import Sampler, _SamplingMaskCapture, _select_sampling_mask_rows
 
+from idlm_sglang.engine.admission import plan_of
+from idlm_sglang.engine.requests import server_seed
+from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.isd import noise
-from idlm_sglang.isd.target import SamplingRows, target_scores
+from idlm_sglang.isd.target import SamplingRows, target_scores, truncation
+
+
+def give_seeds(batch, info, wanted: bool = True) -> None:
+    """Leave the noise keys of the batch's requests on ``info``, its ``SamplingBatchInfo``, where one of them has a seed, and what they
+    truncate by beside them."""
+    if info is None:
+        return
+    info.idlm_seeds = None
+    # sampling_seed: --enable-deterministic-inference in AR serving, SGLang's own seeds, batch-mates included.
+    if not wanted or info.sampling_seed is not None:
+        return
+    plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
+    if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
+        return
+    info.idlm_truncation = truncation((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
+    info.idlm_seeds = on_device(torch.tensor([plan.seed for plan in plans], dtype=torch.int64), batch.device)
 
 
 class TokenKeyedSampler(Sampler):

@@ -82,3 +82,31 @@ class IsdResult(GenerationBatchResult):
     def _is_on_cpu(self) -> None:
         self.copy_auxiliary_output_to_cpu()
         self.copy_done.record()
+
+
+def decode_result(out, logits_output, committed, tokens, accept_lens, last, stride: int, stats=None, limits=None) -> IsdResult:
+    """The result of a decode step of B requests.
+
+    Args:
+        out: what SGLang's worker returned for the forward.
+        logits_output: with the logprobs that were asked for.
+        committed: ``(B,)`` lengths before the step.
+        tokens: ``(B * stride,)`` int64.
+        accept_lens: ``(B,)`` int32, how many of them are committed.
+        last: ``(B,)`` int64, the last of these.
+        stats, limits: see :class:`IsdResult`.
+    """
+    new_seq_lens = committed + accept_lens
+    return IsdResult(
+        logits_output=logits_output,
+        next_token_ids=tokens,
+        accept_lens=accept_lens,
+        new_seq_lens=new_seq_lens,
+        next_draft_input=IsdDraftInput(last, new_seq_lens),
+        speculative_num_draft_tokens=2 * stride - 1,
+        speculative_output_stride=stride,
+        can_run_cuda_graph=out.can_run_cuda_graph,
+        expert_distribution_metrics=out.expert_distribution_metrics,
+        round_stats=stats,
+        limits=limits,
+    )

@@ -21,6 +21,7 @@ class StrideSeries:
 
         self._counter = Counter("idlm:steps", "Decode steps by stride.", labelnames=[*labels, "stride"])
         self._by_stride: dict[int, Counter] = {}
+        self._mixed = Counter("idlm:mixed_steps", "Decode steps that a prefill's forward took along.", labelnames=list(labels)).labels(**labels)
         self._stride = gauge("stride", "Stride of the last decode step.")
         self._expected = gauge("stride_gain_expected", "Tokens per second over those of stride 1, as the controller expects them.")
         self._actual = gauge("stride_gain_actual", "Tokens per second over those of stride 1, as they turned out lately.")
@@ -36,6 +37,11 @@ class StrideSeries:
         if stride != self._last:
             self._last = stride
             self._stride.set(stride)
+
+    def mixed(self) -> None:
+        """The step's rows were in a prefill's forward."""
+        if self._labels is not None:
+            self._mixed.inc()
 
     def gains(self, expected: float | None, actual: float | None) -> None:
         """The controller decided."""

@@ -10,7 +10,6 @@ import copy
 import torch
 from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode, page_aligned_decode_alloc_lens
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from idlm_sglang.engine.requests import STRIDED, BatchRows
 from idlm_sglang.engine.reserve import columns
@@ -27,6 +26,17 @@ def _takes_masks(req) -> bool:
     return ends and plan is not None and plan.mode == STRIDED and req.sampling_params.max_new_tokens > 1 and req.session is None
 
 
+def is_plain(batch) -> bool:
+    """Rows may follow those of the prefill batch's prompts.
+
+    Not where prompt logprobs are asked for; embeddings that replace those of single tokens are placed by row number, which
+    more rows would move.
+    """
+    prompt_logprobs = batch.return_logprob and any(s < n for s, n in zip(batch.extend_logprob_start_lens, batch.extend_lens))
+    embedded = batch.input_embeds is not None or batch.replace_embeds is not None
+    return not (embedded or prompt_logprobs or any(batch.multimodal_inputs or ()))
+
+
 def reserve(batch) -> None:
     """Give the requests of a prefill batch, before it runs, the KV slots that their first decode step would be given.
 
@@ -34,11 +44,7 @@ def reserve(batch) -> None:
     request brings embeddings, and to requests whose prompt goes on in a later chunk.
     """
     setattr(batch, _ROWS, [])
-    prompt_logprobs = batch.return_logprob and any(s < n for s, n in zip(batch.extend_logprob_start_lens, batch.extend_lens))
-    # Embeddings that replace those of single tokens are placed by row number, which MASK rows would move.
-    embedded = batch.input_embeds is not None or batch.replace_embeds is not None
-    plain = not (embedded or prompt_logprobs or any(batch.multimodal_inputs or ()))
-    rows = [i for i, req in enumerate(batch.reqs) if _takes_masks(req)] if plain else []
+    rows = [i for i, req in enumerate(batch.reqs) if _takes_masks(req)] if is_plain(batch) else []
     if not rows or columns([batch.reqs[i] for i in rows], overlap=False) in (None, 1):
         return
     tree, allocator = batch.tree_cache, batch.token_to_kv_pool_allocator
@@ -75,7 +81,7 @@ def with_masks(batch, rows: list[int], k: int, mask_id: int, req_to_token: torch
     Args:
         batch: SGLang's prepared prefill batch; it is left as it is.
         rows: host list, ascending.
-        k: K >= 1; the columns behind these prompts have at least as many KV slots.
+        k: K, 0 without ``rows``; the columns behind these prompts have at least as many KV slots.
         mask_id: the MASK token id.
         req_to_token: ``(slots, columns)``, KV slot of each column.
 
@@ -112,31 +118,15 @@ def with_masks(batch, rows: list[int], k: int, mask_id: int, req_to_token: torch
     return longer, last + proposing
 
 
-def prefill_with_masks(worker, batch, masked: list[int], rows: BatchRows):
-    """A prefill whose forward also draws the first drafts of the requests ``masked`` (host list of rows), into the worker's slot state.
+def first_drafts(worker, batch, masked: list[int], rows: BatchRows, logits: torch.Tensor) -> None:
+    """Draw the first drafts of the requests ``masked`` (host list of rows of the prefill batch) into the worker's slot state.
 
-    Returns:
-        SGLang's result of the prefill, its next tokens sampled.
+    ``logits``: ``(len(masked) * K, V)`` of their MASK rows.
     """
-    count, k = len(batch.reqs), rows.drafts
-    longer, read = with_masks(batch, masked, k, worker.mask_id, worker.req_to_token)
-    worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
-    forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)
-    reading = on_device(torch.tensor(read, dtype=torch.int64), worker.device)
-    with worker.model_runner.model.logits_processor.reading(reading), worker.gate.on(reading[count:]):
-        result = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-    logits = result.logits_output.next_token_logits
-
     index = on_device(torch.tensor(masked, dtype=torch.int64), worker.device)
-    proposing = logits[count:].float().view(len(masked), k, -1)
+    proposing = logits.float().view(len(masked), rows.drafts, -1)
     info, lengths = batch.sampling_info, batch.seq_lens[index]
     if info.logit_bias is not None:
         proposing = proposing + info.logit_bias[index][:, None]
     proposal = first_proposal(proposing, rows.limits[index], lengths, rows.sampling(info).at(index))
     worker.state.store(batch.req_pool_indices[index], rows.numbers[index], lengths, proposal)
-
-    # The sampler takes its positions from the lengths: those of the prompts.
-    forward_batch.seq_lens, forward_batch.seq_lens_cpu = batch.seq_lens, batch.seq_lens_cpu
-    result.logits_output.next_token_logits = logits[:count]
-    result.next_token_ids = worker.model_runner.sample(result.logits_output, forward_batch)
-    return result

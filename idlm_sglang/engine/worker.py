@@ -2,14 +2,10 @@
 
 import logging
 from dataclasses import replace
-from http import HTTPStatus
 
 import torch
-from sglang.srt.layers.logprob_processor import compute_spec_logprobs
-from sglang.srt.layers.sampler import apply_custom_logit_processor
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_serving
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
@@ -18,20 +14,21 @@ from idlm_sglang.checkpoint import ARCHITECTURE
 from idlm_sglang.config import AUTO, REJECTION, SettingError, handed_down
 from idlm_sglang.engine import lora, reserve
 from idlm_sglang.engine.admission import plan_of
+from idlm_sglang.engine.beside import can_join, prefill
 from idlm_sglang.engine.calibrate import measure
 from idlm_sglang.engine.controller import StrideControl, agreed
-from idlm_sglang.engine.grammar import STRIDED_BACKENDS, GrammarStep
+from idlm_sglang.engine.grammar import STRIDED_BACKENDS
 from idlm_sglang.engine.metrics import IsdMetrics
 from idlm_sglang.engine.penalties import TokenCounts, penalised_rows, sampler_terms
 from idlm_sglang.engine.requests import BatchRows, server_seed, stride_limit
-from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult, IsdVerifyInput
-from idlm_sglang.engine.state import Carried, SlotState
+from idlm_sglang.engine.single import SingleStep
+from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult
+from idlm_sglang.engine.state import SlotState
 from idlm_sglang.engine.stride_series import StrideSeries
+from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.engine.warm import prefill_with_masks, rows_of
-from idlm_sglang.isd import BRANCH, OFF, isd_step, row_offsets, step_positions, step_tokens, visible_rows
-from idlm_sglang.isd.layout import drafts_in_front, forks
-from idlm_sglang.isd.penalties import penalise
+from idlm_sglang.engine.warm import rows_of as masked_rows
+from idlm_sglang.isd import BRANCH, OFF
 from idlm_sglang.isd.stride import StepTimes, ladder
 from idlm_sglang.model import MaskFreeLogitsProcessor
 
@@ -41,6 +38,8 @@ logger = logging.getLogger(__name__)
 _MEASURING = 5.0
 # Bytes that the float32 logits of a step may take at a stride that the controller chose; fixed ones are the operator's choice.
 _LOGITS = 2 << 30
+# Batches whose rows are kept: a prefill's and that of the decode step beside it.
+_KEPT_ROWS = 2
 
 
 class IsdWorker(BaseSpecWorker):
@@ -64,6 +63,8 @@ class IsdWorker(BaseSpecWorker):
         self.auto = self.settings.auto
         self.control: StrideControl | None = None
         self._in_flight = 1
+        self._partner: ScheduleBatch | None = None
+        self._done: IsdResult | None = None
         reserve.serve(self)
         self.server_seed = server_seed()
         self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
@@ -75,7 +76,7 @@ class IsdWorker(BaseSpecWorker):
         self.last_position = self.model_runner.model_config.context_len - 1
         self.state: SlotState | None = None
         self.counts: TokenCounts | None = None
-        self._rows: tuple[tuple, BatchRows] | None = None
+        self._rows: dict[tuple, BatchRows] = {}
         counts = get_parallel().tp_rank == 0
         labels = None
         if counts and get_observability().enable_metrics:
@@ -142,7 +143,7 @@ class IsdWorker(BaseSpecWorker):
         """
         if stride != self.stride:
             self.stride = stride
-            self._rows = None
+            self._rows.clear()
 
     def stride_for(self, requests: int) -> int:
         """The stride of a step of that many requests: where the controller chose it, its logits fit. A batch may grow faster
@@ -162,6 +163,13 @@ class IsdWorker(BaseSpecWorker):
         drafts = max((stride_limit(plan_of(req, self.settings, self.server_seed), self.settings, self.stride) for req in reqs), default=0)
         return 2 * drafts + 1 + (self._in_flight if overlap else 0)
 
+    # A decode step in a prefill's forward (engine.beside), asked for by compat.beside.
+
+    def join(self, batch) -> None:
+        """The next forward, a prefill, takes the step of this prepared decode batch along where it can."""
+        if can_join(batch, self.rows_of(batch)):
+            self._partner = batch
+
     # One batch.
 
     def forward_batch_generation(self, batch, on_publish=None, pp_proxy_tensors=None):
@@ -175,51 +183,64 @@ class IsdWorker(BaseSpecWorker):
 
     def _controlled(self, batch, on_publish):
         """A decode step, with the controller told of it; a change of stride is for the steps behind it."""
-        rows, control = self._batch_rows(batch), self.control
+        rows, control, size = self.rows_of(batch), self.control, len(batch.reqs)
         self._in_flight = rows.drafts + 1
         self.strides.step(self._in_flight)
-        if control is None:
-            return self.decode(batch, on_publish)
-        if not (self.auto and rows.follows):
+        result, self._done = self._done, None
+        chosen = control is not None and self.auto and rows.follows
+        if control is not None and not chosen:
             control.other()
-            return self.decode(batch, on_publish)
-        size = len(batch.reqs)
-        control.start(size, self._in_flight)
-        result = self.decode(batch, on_publish)
-        stride = control.end(size)
+        if result is not None:
+            self.strides.mixed()
+        else:
+            if chosen:
+                control.start(size, self._in_flight)
+            result = self.decode(batch, on_publish)
+            if chosen:
+                control.end()
+        stride = control.decide(size) if chosen else None
         if stride is not None:
             self.set_stride(stride)
             self.strides.gains(*control.gains())
         return result
 
     def decode(self, batch, on_publish=None):
-        """One decode step at the stride in use."""
-        rows = self._batch_rows(batch)
-        return (self._strided_step if rows.drafts else self._single_step)(batch, rows, on_publish)
+        """One decode step at the stride in use, in a forward of its own."""
+        rows = self.rows_of(batch)
+        if not rows.drafts:
+            return SingleStep(self, batch, rows).run(on_publish)
+        step = StridedStep(self, batch, rows, self.settings.salvage)
+        return step.finish(*step.verify(), on_publish)
 
-    def _batch_rows(self, batch) -> BatchRows:
+    def rows_of(self, batch) -> BatchRows:
+        """The requests of a decode batch, or of a prefill batch that gets its first drafts."""
         plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
         stride = self.stride_for(len(plans))
         key = (stride, *(plan.number for plan in plans))
-        if self._rows is None or self._rows[0] != key:
-            self._rows = (key, BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device))
-        return self._rows[1]
+        if key not in self._rows:
+            if len(self._rows) == _KEPT_ROWS:
+                self._rows.pop(next(iter(self._rows)))
+            self._rows[key] = BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device)
+        return self._rows[key]
 
     def _extend(self, batch, on_publish):
         slots, seq_lens = batch.req_pool_indices, batch.seq_lens
         penalised = penalised_rows(batch.reqs, self.vocab, self.device)
         if penalised is not None:
             self._restart_counts(batch, penalised)
-            self._give_sampler_penalties(batch, penalised, seq_lens)
-        masked = rows_of(batch)
-        rows = self._batch_rows(batch) if masked else None
+            self.give_penalties(batch, penalised, seq_lens)
+        masked, partner = masked_rows(batch), self._partner
+        rows = self.rows_of(batch) if masked else None
+        if rows is None or not rows.drafts:
+            masked = []
         self.state.clear(slots)
-        if rows is not None and rows.drafts:
-            result = prefill_with_masks(self, batch, masked, rows)
+        self._partner = None
+        if masked or partner is not None:
+            result, self._done = prefill(self, batch, masked, rows, partner)
         else:
             result = self._target_worker.forward_batch_generation(batch)
         if penalised is not None:
-            self._count(batch, penalised, result.next_token_ids.to(torch.int64).view(-1, 1), torch.ones_like(seq_lens))
+            self.count(batch, penalised, result.next_token_ids.to(torch.int64).view(-1, 1), torch.ones_like(seq_lens))
         result.new_seq_lens = seq_lens
         result.next_draft_input = IsdDraftInput(result.next_token_ids.to(torch.int64), seq_lens)
         if on_publish is not None:
@@ -236,145 +257,14 @@ class IsdWorker(BaseSpecWorker):
             slots = batch.req_pool_indices[on_device(torch.tensor(rows, dtype=torch.int64), self.device)]
             self.counts.restart(slots, [list(batch.reqs[i].output_ids) for i in rows])
 
-    def _give_sampler_penalties(self, batch, penalised, seq_lens) -> None:
+    def give_penalties(self, batch, penalised, seq_lens) -> None:
         """Leave the penalties where SGLang's sampler takes them from (a copy of the batch's that lives for one forward)."""
         info, index = batch.sampling_info, penalised.index
         counts = self.counts.of(batch.req_pool_indices[index])
         next_index = seq_lens[index] - penalised.prompt_lens
         info.acc_additive_penalties, info.acc_scaling_penalties = sampler_terms(penalised, counts, next_index, len(batch.reqs))
 
-    def _count(self, batch, penalised, tokens, lens) -> None:
+    def count(self, batch, penalised, tokens, lens) -> None:
+        """Add the first ``lens`` ``(B,)`` of ``tokens`` ``(B, n)`` to the counts of the penalised rows."""
         index = penalised.index
         self.counts.add(batch.req_pool_indices[index], tokens[index], lens[index])
-
-    # Decode steps.
-
-    def _single_step(self, batch, rows: BatchRows, on_publish):
-        """Stride 1: an ordinary decode forward."""
-        committed = batch.seq_lens
-        pending = batch.spec_info.bonus_tokens
-        batch.forward_mode = ForwardMode.DECODE
-        batch.spec_info = None
-        batch.input_ids = pending
-        batch.out_cache_loc = self.req_to_token[batch.req_pool_indices, committed].to(torch.int64)
-        batch.seq_lens = committed + 1
-        if batch.seq_lens_cpu is not None:
-            batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-        batch.seq_lens_sum = None
-        if rows.penalised is not None:
-            self._give_sampler_penalties(batch, rows.penalised, batch.seq_lens)
-        out = self._target_worker.forward_batch_generation(batch)
-        tokens = out.next_token_ids.to(torch.int64)
-        if rows.penalised is not None:
-            self._count(batch, rows.penalised, tokens.view(-1, 1), torch.ones_like(committed))
-        if batch.return_logprob:
-            self._logprobs_as_chain(out.logits_output, len(batch.reqs))
-        return self._result(batch, out, tokens, torch.ones_like(committed, dtype=torch.int32), tokens, committed, 1, None, None, on_publish)
-
-    def _strided_step(self, batch, rows: BatchRows, on_publish):
-        """Verify the drafts and draw the next ones in one TARGET_VERIFY forward."""
-        slots, committed, k = batch.req_pool_indices, batch.seq_lens, rows.drafts
-        width, count = 2 * k + 1, len(batch.reqs)
-        carried = self.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection)
-        grammars = GrammarStep(batch.reqs, rows.grammars, rows.limits_host, k, self.vocab, self.mask_id) if rows.grammars else None
-        if grammars is not None:
-            carried, failed = grammars.adjust(carried)
-            self._abort(batch, failed)
-        tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, self.mask_id)
-        columns = positions = step_positions(committed, width)
-        seen, visible = forks(carried.clean, carried.counts, self.settings.salvage), None
-        if self.settings.salvage == BRANCH:
-            positions = committed[:, None] + row_offsets(carried.counts, seen, width)
-            visible = visible_rows(carried.counts, seen, width)
-        batch.out_cache_loc = self.req_to_token[slots[:, None], columns].view(-1).to(torch.int64)
-        # Rows behind the context's end commit nothing; their positions only have to stay inside the rotary table.
-        verify = IsdVerifyInput(tokens.view(-1), positions.clamp(max=self.last_position).view(-1), width, new_visible=visible)
-        forward_batch, _ = verify.prepare_for_verify(batch, self._target_worker, defer_metadata_init=True)
-        with self.gate.masks(carried.counts, k):
-            out = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-
-        logits = out.logits_output.next_token_logits.float().view(count, width, -1)
-        logits = self._with_request_terms(logits, batch, rows, carried, seen, grammars)
-        step = isd_step(
-            logits,
-            carried.drafts,
-            carried.counts,
-            carried.log_q,
-            carried.q,
-            rows.limits,
-            committed,
-            rows.sampling(batch.sampling_info),
-            seen,
-            self.settings.salvage != OFF,
-        )
-        self.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
-        if rows.penalised is not None:
-            self._count(batch, rows.penalised, step.tokens, step.accept_lens)
-        if batch.return_logprob:
-            out.logits_output.next_token_logits = logits[:, : k + 1].reshape(count * (k + 1), -1)
-            compute_spec_logprobs(batch, out.logits_output, step.tokens.view(-1), chain_stride=k + 1)
-        # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
-        out.logits_output.next_token_logits = None
-        survivors = (carried.counts - carried.clean).float()
-        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection, survivors], dim=1)
-        limits = rows.limits_host
-        return self._result(batch, out, step.tokens.view(-1), step.accept_lens, step.last, committed, k + 1, stats, limits, on_publish)
-
-    def _with_request_terms(
-        self, logits: torch.Tensor, batch, rows: BatchRows, carried: Carried, seen: torch.Tensor, grammars: GrammarStep | None
-    ) -> torch.Tensor:
-        """What the requests add to the logits ``(B, W, V)``, in the order of SGLang's sampler: penalties, grammar, bias, processors."""
-        info = batch.sampling_info
-        if rows.penalised is not None:
-            index = rows.penalised.index
-            logits[index] = penalise(
-                logits[index],
-                rows.penalised.penalties,
-                self.counts.of(batch.req_pool_indices[index]),
-                carried.drafts[index],
-                drafts_in_front(carried.counts[index], seen[index], carried.drafts.shape[1], logits.shape[1]),
-                batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
-            )
-        if grammars is not None:
-            grammars.apply(logits)
-        if rows.single_grammar:
-            first = logits[:, 0].clone()
-            info.update_regex_vocab_mask()
-            info.grammar_mask.apply(first)
-            info.grammar_mask = None
-            logits[:, 0] = first
-        if info.logit_bias is not None:
-            logits += info.logit_bias[:, None]
-        if info.has_custom_logit_processor:
-            first = logits[:, 0].clone()
-            apply_custom_logit_processor(first, info)
-            logits[:, 0] = first
-        return logits
-
-    @staticmethod
-    def _abort(batch, failed: dict[int, Exception]) -> None:
-        for row, error in failed.items():
-            batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
-
-    @staticmethod
-    def _logprobs_as_chain(output, count: int) -> None:
-        """The sampler's flat logprobs in the ``(B, 1)`` shape that speculative results have."""
-        output.next_token_logprobs = output.next_token_logprobs.view(count, 1)
-
-    def _result(self, batch, out, tokens, accept_lens, last, committed, stride, stats, limits, on_publish) -> IsdResult:
-        new_seq_lens = committed + accept_lens
-        if on_publish is not None:
-            on_publish(new_seq_lens)
-        return IsdResult(
-            logits_output=out.logits_output,
-            next_token_ids=tokens,
-            accept_lens=accept_lens,
-            new_seq_lens=new_seq_lens,
-            next_draft_input=IsdDraftInput(last, new_seq_lens),
-            speculative_num_draft_tokens=2 * stride - 1,
-            speculative_output_stride=stride,
-            can_run_cuda_graph=out.can_run_cuda_graph,
-            expert_distribution_metrics=out.expert_distribution_metrics,
-            round_stats=stats,
-            limits=limits,
-        )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
 
 DEFAULT_HOST = "127.0.0.1"
@@ -180,7 +180,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     if own.ar and algorithm is not None:
         raise SettingError(f"--ar and {_ALGORITHM} {algorithm} were both given; allowed: one of them")
     strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule}
-    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--idlm-lora": own.idlm_lora}
+    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--mixed-steps": own.mixed_steps, "--idlm-lora": own.idlm_lora}
     for flag, value in strided.items():
         if value is None:
             continue
@@ -197,6 +197,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--sampling-rule {own.sampling_rule} is not known; allowed: {COUPLED}, {REJECTION}")
     if own.salvage not in (None, *SALVAGE):
         raise SettingError(f"--salvage {own.salvage} is not known; allowed: {', '.join(SALVAGE)}")
+    if own.mixed_steps not in (None, ON, OFF):
+        raise SettingError(f"--mixed-steps {own.mixed_steps} is not known; allowed: {ON}, {OFF}")
     if own.idlm_lora is not None and not Path(own.idlm_lora).expanduser().is_dir():
         raise SettingError(f"--idlm-lora {own.idlm_lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
     if own.selfcheck is not None:
@@ -216,6 +218,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_SAMPLING_RULE": ("--sampling-rule", own.sampling_rule),
         "IDLM_SELFCHECK": ("--selfcheck", own.selfcheck),
         "IDLM_SALVAGE": ("--salvage", own.salvage),
+        "IDLM_MIXED_STEPS": ("--mixed-steps", own.mixed_steps),
         "IDLM_LORA": ("--idlm-lora", own.idlm_lora),
     }
     given = {name: pair for name, pair in typed.items() if pair[1] is not None}

@@ -141,6 +141,17 @@ def test_base_rows_are_untouched_and_mask_rows_are_peft_s(original, adapted, pac
     print(f"{checked} gated rows equal PEFT's; every other row bit-identical")
 
 
+def test_a_step_in_a_prompt_s_forward_is_gated_where_its_rows_stand():
+    """Behind ten rows of prompts, two of which are MASK rows behind a prompt."""
+    gate = lora.Gate(adapted=True)
+    gate.reserve(64, "cpu")
+    rows, counts, k = step_rows(5)
+    with gate.masks(counts, k, 10, torch.tensor([4, 5])):
+        assert gate.rows.tolist() == [4, 5, *(10 + rows).tolist()]
+    with gate.on(torch.zeros(0, dtype=torch.int64)):
+        assert gate.rows is None
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_base_rows_hold_whatever_the_adapter_yields(original, adapted, value):

@@ -1,9 +1,10 @@
-"""MASK rows behind the prompts of a prefill batch: where they go, and which logits are read."""
+"""Rows behind the prompts of a prefill batch, MASK rows and a decode step's: where they go, and which logits are read."""
 
 from types import SimpleNamespace
 
 import torch
 
+from idlm_sglang.engine.beside import with_step
 from idlm_sglang.engine.warm import with_masks
 
 MASK = 99
@@ -41,3 +42,33 @@ def test_masks_stand_behind_their_prompts_and_the_batch_is_left_alone():
     for name, value in before.items():
         now = getattr(batch, name)
         assert torch.equal(now, value) if torch.is_tensor(value) else now == value, name
+
+
+def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():
+    table = torch.arange(5 * 32, dtype=torch.int32).view(5, 32)
+    batch = SimpleNamespace(
+        input_ids=torch.arange(10, 13, dtype=torch.int32),
+        extend_lens=[3],
+        extend_num_tokens=3,
+        prefix_lens=[4],
+        extend_logprob_start_lens=[3],
+        req_pool_indices=torch.tensor([2]),
+        req_pool_indices_cpu=torch.tensor([2], dtype=torch.int32),
+        seq_lens=torch.tensor([7]),
+        seq_lens_cpu=torch.tensor([7]),
+        orig_seq_lens=torch.tensor([7], dtype=torch.int32),
+        seq_lens_sum=7,
+        multimodal_inputs=[None],
+        out_cache_loc=table[2, 4:7].long(),
+    )
+    lengths, slots = torch.tensor([9, 20]), torch.tensor([1, 4])
+    step = SimpleNamespace(tokens=torch.tensor([[5, 6, MASK], [7, MASK, MASK]]), places=table[slots[:, None], lengths[:, None] + torch.arange(3)].long())
+
+    with_step(batch, step, lengths, lengths, slots)
+
+    assert batch.input_ids.tolist() == [10, 11, 12, 5, 6, MASK, 7, MASK, MASK] and batch.input_ids.dtype == torch.int32
+    assert batch.extend_lens == [3, 3, 3] and batch.prefix_lens == [4, 9, 20] and batch.extend_num_tokens == 9
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == batch.orig_seq_lens.tolist() == [7, 12, 23]
+    assert batch.req_pool_indices.tolist() == batch.req_pool_indices_cpu.tolist() == [2, 1, 4]
+    expected = [table[s, p : p + n] for s, p, n in zip(batch.req_pool_indices, batch.prefix_lens, batch.extend_lens)]
+    assert torch.equal(batch.out_cache_loc, torch.cat(expected).long())

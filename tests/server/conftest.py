@@ -85,8 +85,8 @@ def _isd_rejection(logs):
 
 
 def _isd_sync(logs):
-    """ISD without overlap, pages of 16, chunked prefill of 32 mixed with decoding."""
-    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-mixed-chunk", *SERVED]
+    """ISD without overlap, pages of 16, prompts in chunks of 32 whose forwards take decode steps along."""
+    flags = ["--disable-overlap-schedule", "--page-size", "16", "--chunked-prefill-size", "32", "--enable-metrics", *SERVED]
     return Server("isd_sync", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env={"IDLM_MAX_STRIDE": "8"})
 
 
@@ -105,9 +105,9 @@ def _risd_ar(logs):
 
 
 def _risd(logs):
-    """The embedded AR base with its gated adapter: overlap, prefill chunks of 64 mixed with decoding, answers checked by the server itself."""
+    """The embedded AR base with its gated adapter: prompts in chunks of 64 whose forwards take decode steps along, answers checked by the server itself."""
     env = {"IDLM_LORA": str(RISD_ADAPTER_DIR), "IDLM_MAX_STRIDE": "8", "SGLANG_IS_IN_CI": "1", "IDLM_SELFCHECK": "0.05"}
-    flags = ["--enable-metrics", "--chunked-prefill-size", "64", "--enable-mixed-chunk"]
+    flags = ["--enable-metrics", "--chunked-prefill-size", "64", "--disable-overlap-schedule"]
     return Server("risd", str(RISD_BASE_DIR), logs, "--speculative-algorithm", "ISD", *flags, env=env)
 
 

@@ -59,9 +59,11 @@ def test_shared_prefixes_and_reused_answers(ar, isd):
 
 @pytest.mark.parametrize("stride", [2, 4, 8])
 def test_sync_paged_chunked_mixed(ar, isd_sync, stride):
-    """Without overlap, pages of 16, prefill chunks of 32 mixed with decode rows."""
+    """Without overlap, pages of 16, decode steps in the forwards of prompt chunks of 32."""
     calls = [{"prompt": p, **PARAMS} for p in prompts(100, seed=20 + stride)]
+    before = isd_sync.metrics()["idlm:mixed_steps_total"]
     same(ar, isd_sync, calls, 16, stride=stride)
+    assert isd_sync.metrics()["idlm:mixed_steps_total"] > before + 20
 
 
 @pytest.mark.parity("stops")

@@ -91,6 +91,26 @@ def test_every_slot_is_free_after_mixed_requests_with_aborts(isd_tight):
     print(f"{len(texts)} requests, idle: {isd_tight.idle_tokens()} tokens and requests in use")
 
 
+def test_retraction_between_mixed_steps(ar, logs):
+    """The scheduler of a CPU: decode steps in the forwards of prompts, here under a pool that runs full; survivors as a chain."""
+    flags = ["--disable-overlap-schedule", "--max-total-tokens", "900", "--chunked-prefill-size", "32", "--schedule-conservativeness", "0.05"]
+    env = {"IDLM_STRIDE": "auto", "IDLM_SALVAGE": "chain"}
+    with Server("mixed", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *flags, env=env) as server:
+        rng = random.Random(3)
+        endless = {"max_new_tokens": 100, "logit_bias": {"2": -100}}
+        calls = [{"prompt": p, "temperature": i % 2, "sampling_seed": i, **endless} for i, p in enumerate(prompts(60, seed=53))]
+        left = ar.many(calls, 16)
+        right = server.many([{**c, "stride": rng.choice([None, 2, 4, 8])} for c in calls], 20)
+        assert not differing(left, right)
+        assert server.log.read_text(errors="replace").count("Retract requests.") > 0, "the pool was not tight enough to retract"
+        assert server.metrics()["idlm:mixed_steps_total"] > 20
+        wait_idle(server)
+        time.sleep(1.0)
+        assert requests.post(server.url + "/flush_cache", timeout=30).status_code == 200
+        time.sleep(1.0)
+        assert server.alive() and server.idle_tokens() == (0, 0)
+
+
 @pytest.mark.parametrize("page", [1, 16])
 def test_wide_steps_in_a_small_context_stay_inside_the_request_table(ar, logs, page):
     """W = 31 rows behind the last token of a 96-token context."""

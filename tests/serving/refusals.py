@@ -81,6 +81,7 @@ CASES = (
     Case((), ("IDLM_STRIDE='four'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "four"}),
     Case((), ("IDLM_MAX_STRIDE=2", "; allowed: 4 to 16"), environ={"IDLM_MAX_STRIDE": "2"}),
     Case((), ("IDLM_SAMPLING_RULE='x'", "; allowed: coupled, rejection"), environ={"IDLM_SAMPLING_RULE": "x"}),
+    Case((), ("IDLM_MIXED_STEPS='yes'", "; allowed: on, off"), environ={"IDLM_MIXED_STEPS": "yes"}),
     Case((), ("IDLM_SALVAGE='on'", "; allowed: auto, branch, chain, off"), environ={"IDLM_SALVAGE": "on"}),
     Case((), ("IDLM_SELFCHECK='1.5'", "; allowed: a share from 0 (off) to 1"), environ={"IDLM_SELFCHECK": "1.5"}),
     Case(("--speculative-num-steps", "2"), ("IDLM_STRIDE=8", "--speculative-num-steps 2"), environ={"IDLM_STRIDE": "8"}),

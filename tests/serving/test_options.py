@@ -64,7 +64,7 @@ def test_ar_serves_the_same_checkpoint_without_an_algorithm():
 
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
-    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain")
+    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain", "--mixed-steps", "off")
     assert got.environ == {
         "IDLM_STRIDE": "3",
         "IDLM_MAX_STRIDE": "8",
@@ -72,6 +72,7 @@ def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
         "IDLM_SAMPLING_RULE": "rejection",
         "IDLM_SELFCHECK": "0.5",
         "IDLM_SALVAGE": "chain",
+        "IDLM_MIXED_STEPS": "off",
     }
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 

@@ -1,0 +1,105 @@
+"""A decode step in a prefill's forward.
+
+SGLang runs prompts before the requests that are being answered, each in a forward of its own. A stride makes answers short in
+forwards, so that prompts come between them more often than in AR. Where the overlap schedule is off, the rows of both
+go through one forward: the decode step's follow the prompts' as so many more requests that extend their own columns.
+"""
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from idlm_sglang.engine.requests import BatchRows
+from idlm_sglang.engine.single import SingleStep
+from idlm_sglang.engine.strided import StridedStep
+from idlm_sglang.engine.transfer import on_device
+from idlm_sglang.engine.warm import first_drafts, is_plain, with_masks
+from idlm_sglang.isd import BRANCH, CHAIN
+
+
+def takes_decode(batch) -> bool:
+    """A prefill batch that other requests' rows can follow: tokens alone, and logits of its last rows alone."""
+    return batch.forward_mode.is_extend_without_speculative() and not batch.forward_mode.is_mixed() and is_plain(batch)
+
+
+def can_join(batch, rows: BatchRows) -> bool:
+    """A prepared decode batch whose step can be part of a prefill: its logits are changed by nothing that the batch holds but once."""
+    return not (rows.drafts and (rows.single_grammar or batch.sampling_info.has_custom_logit_processor))
+
+
+def with_step(batch, step: StridedStep | SingleStep, lengths: torch.Tensor, lengths_cpu: torch.Tensor, slots: torch.Tensor):
+    """``batch``, a prefill batch that may be changed, with the rows of a decode step behind its own.
+
+    Args:
+        lengths, lengths_cpu: ``(B,)`` committed columns of the step's requests.
+        slots: ``(B,)`` their rows of the request table.
+    """
+    count, width = step.tokens.shape
+    batch.input_ids = torch.cat((batch.input_ids, step.tokens.view(-1).to(batch.input_ids.dtype)))
+    batch.out_cache_loc = torch.cat((batch.out_cache_loc, step.places.view(-1).to(batch.out_cache_loc.dtype)))
+    batch.req_pool_indices = torch.cat((batch.req_pool_indices, slots))
+    if batch.req_pool_indices_cpu is not None:
+        batch.req_pool_indices_cpu = torch.cat((batch.req_pool_indices_cpu, slots.to("cpu", batch.req_pool_indices_cpu.dtype)))
+    batch.seq_lens = torch.cat((batch.seq_lens, lengths + width))
+    if batch.seq_lens_cpu is not None:
+        batch.seq_lens_cpu = torch.cat((batch.seq_lens_cpu, lengths_cpu + width))
+    batch.orig_seq_lens = torch.cat((batch.orig_seq_lens, (lengths + width).to(batch.orig_seq_lens.dtype)))
+    batch.extend_lens = [*batch.extend_lens, *[width] * count]
+    batch.prefix_lens = [*batch.prefix_lens, *lengths_cpu.tolist()]
+    batch.extend_logprob_start_lens = [*batch.extend_logprob_start_lens, *[0] * count]
+    batch.extend_num_tokens += count * width
+    batch.seq_lens_sum = None
+    batch.multimodal_inputs = None
+    return batch
+
+
+def _step(worker, batch) -> StridedStep | SingleStep:
+    rows = worker.rows_of(batch)
+    if not rows.drafts:
+        return SingleStep(worker, batch, rows)
+    # Prefill attention hides no columns: survivors of a rejection go in front of the MASK rows here.
+    salvage = worker.settings.salvage
+    return StridedStep(worker, batch, rows, CHAIN if salvage == BRANCH else salvage)
+
+
+def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=None):
+    """A prefill whose forward also draws the first drafts of the requests ``masked``, and takes the decode step of ``partner``.
+
+    Args:
+        batch: SGLang's prepared prefill batch.
+        masked: host list of rows; ``rows``: the batch's, where there are such.
+        partner: a prepared decode batch, or None.
+
+    Returns:
+        SGLang's result of the prefill, its next tokens sampled, and that of the decode step, None without one.
+    """
+    count, drafts, first = len(batch.reqs), rows.drafts if masked else 0, 0
+    longer, read = with_masks(batch, masked, drafts, worker.mask_id, worker.req_to_token)
+    proposing, step = len(read) - count, None
+    if partner is not None:
+        step = _step(worker, partner)
+        first = longer.extend_num_tokens
+        longer = with_step(longer, step, partner.seq_lens, partner.seq_lens_cpu, partner.req_pool_indices)
+        read = [*read, *range(first, longer.extend_num_tokens)]
+    worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
+    forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)
+    forward_batch.positions = forward_batch.positions.clamp(max=worker.last_position)
+    index = on_device(torch.tensor(read, dtype=torch.int64), worker.device)
+    behind = index[count : count + proposing]
+    gate = step.gate(first, behind) if isinstance(step, StridedStep) else worker.gate.on(behind)
+    with worker.model_runner.model.logits_processor.reading(index), gate:
+        out = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+    logits = out.logits_output.next_token_logits
+    beside, others = None, logits[count + proposing :]
+    if isinstance(step, StridedStep):
+        beside = step.finish(out, others.float().view(*step.tokens.shape, -1))
+    elif step is not None:
+        beside = step.sample(out, others.view(*step.tokens.shape, -1), forward_batch)
+    if masked:
+        first_drafts(worker, batch, masked, rows, logits[count : count + proposing])
+
+    # The sampler takes its positions from the lengths: those of the prompts.
+    forward_batch.seq_lens, forward_batch.seq_lens_cpu = batch.seq_lens, batch.seq_lens_cpu
+    forward_batch.req_pool_indices = batch.req_pool_indices
+    out.logits_output.next_token_logits = logits[:count]
+    out.next_token_ids = worker.model_runner.sample(out.logits_output, forward_batch)
+    return out, beside

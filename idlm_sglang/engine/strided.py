@@ -1,0 +1,140 @@
+"""One decode step of stride N > 1: what goes into the forward, and what its logits are turned into."""
+
+from http import HTTPStatus
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from idlm_sglang.engine.grammar import GrammarStep
+from idlm_sglang.engine.requests import BatchRows
+from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
+from idlm_sglang.isd import BRANCH, OFF, isd_step, row_offsets, step_positions, step_tokens, visible_rows
+from idlm_sglang.isd.layout import drafts_in_front, forks
+from idlm_sglang.isd.penalties import penalise
+
+
+class StridedStep:
+    """The drafts of a batch, ready to be verified.
+
+    Args:
+        worker: the ISD worker.
+        batch: SGLang's decode batch of B requests, KV slots for 2N - 1 rows each behind its committed columns.
+        rows: its requests.
+        salvage: what rows behind a rejection look like, ``branch`` or ``chain`` or ``off``.
+
+    Attributes:
+        tokens: ``(B, W)`` int64, W = 2N - 1.
+        places: ``(B, W)`` int64 KV slots.
+    """
+
+    def __init__(self, worker, batch, rows: BatchRows, salvage: str):
+        self._worker, self._batch, self._rows, self._salvage = worker, batch, rows, salvage
+        slots, committed, k = batch.req_pool_indices, batch.seq_lens, rows.drafts
+        self.width = 2 * k + 1
+        carried = worker.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection)
+        self._grammars = GrammarStep(batch.reqs, rows.grammars, rows.limits_host, k, worker.vocab, worker.mask_id) if rows.grammars else None
+        if self._grammars is not None:
+            carried, failed = self._grammars.adjust(carried)
+            _abort(batch, failed)
+        self._carried = carried
+        self._seen = forks(carried.clean, carried.counts, salvage)
+        self.tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, worker.mask_id)
+        columns = step_positions(committed, self.width)
+        self._positions, self._visible = columns, None
+        if salvage == BRANCH:
+            self._positions = committed[:, None] + row_offsets(carried.counts, self._seen, self.width)
+            self._visible = visible_rows(carried.counts, self._seen, self.width)
+        self.places = worker.req_to_token[slots[:, None], columns].to(torch.int64)
+
+    def verify(self):
+        """The step's own TARGET_VERIFY forward: SGLang's result and the logits ``(B, W, V)`` float32."""
+        worker, batch = self._worker, self._batch
+        batch.out_cache_loc = self.places.view(-1)
+        # Rows behind the context's end commit nothing; their positions only have to stay inside the rotary table.
+        positions = self._positions.clamp(max=worker.last_position)
+        verify = IsdVerifyInput(self.tokens.view(-1), positions.view(-1), self.width, new_visible=self._visible)
+        forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
+        with self.gate():
+            out = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+        logits = out.logits_output.next_token_logits.float().view(len(batch.reqs), self.width, -1)
+        return out, logits
+
+    def gate(self, first: int = 0, others: torch.Tensor | None = None):
+        """In here an adapter acts on the step's MASK rows, the forward's rows from ``first`` on being its own, and on ``others`` (``engine.lora``)."""
+        return self._worker.gate.masks(self._carried.counts, self._rows.drafts, first, others)
+
+    def finish(self, out, logits: torch.Tensor, on_publish=None) -> IsdResult:
+        """Commit tokens and draw the next drafts.
+
+        Args:
+            out: what SGLang's worker returned for the forward.
+            logits: ``(B, W, V)`` float32, of the rows of ``tokens``; changed in place.
+        """
+        worker, batch, rows, carried = self._worker, self._batch, self._rows, self._carried
+        committed, k = batch.seq_lens, rows.drafts
+        logits = self._with_request_terms(logits)
+        step = isd_step(
+            logits,
+            carried.drafts,
+            carried.counts,
+            carried.log_q,
+            carried.q,
+            rows.limits,
+            committed,
+            rows.sampling(batch.sampling_info),
+            self._seen,
+            self._salvage != OFF,
+        )
+        worker.state.store(batch.req_pool_indices, rows.numbers, committed + step.accept_lens, step.proposal)
+        if rows.penalised is not None:
+            worker.count(batch, rows.penalised, step.tokens, step.accept_lens)
+        output = LogitsProcessorOutput(next_token_logits=None)
+        if batch.return_logprob:
+            output.next_token_logits = logits[:, : k + 1].reshape(len(batch.reqs) * (k + 1), -1)
+            compute_spec_logprobs(batch, output, step.tokens.view(-1), chain_stride=k + 1)
+            # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
+            output.next_token_logits = None
+        survivors = (carried.counts - carried.clean).float()
+        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection, survivors], dim=1)
+        result = decode_result(out, output, committed, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host)
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        return result
+
+    def _with_request_terms(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the requests add to the logits, in the order of SGLang's sampler: penalties, grammar, bias, processors."""
+        worker, batch, rows, carried = self._worker, self._batch, self._rows, self._carried
+        info = batch.sampling_info
+        if rows.penalised is not None:
+            index = rows.penalised.index
+            logits[index] = penalise(
+                logits[index],
+                rows.penalised.penalties,
+                worker.counts.of(batch.req_pool_indices[index]),
+                carried.drafts[index],
+                drafts_in_front(carried.counts[index], self._seen[index], carried.drafts.shape[1], logits.shape[1]),
+                batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
+            )
+        if self._grammars is not None:
+            self._grammars.apply(logits)
+        if rows.single_grammar:
+            first = logits[:, 0].clone()
+            info.update_regex_vocab_mask()
+            info.grammar_mask.apply(first)
+            info.grammar_mask = None
+            logits[:, 0] = first
+        if info.logit_bias is not None:
+            logits += info.logit_bias[:, None]
+        if info.has_custom_logit_processor:
+            first = logits[:, 0].clone()
+            apply_custom_logit_processor(first, info)
+            logits[:, 0] = first
+        return logits
+
+
+def _abort(batch, failed: dict[int, Exception]) -> None:
+    for row, error in failed.items():
+        batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
