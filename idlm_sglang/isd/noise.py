@@ -8,6 +8,7 @@ row). Its arithmetic is that of 32-bit integers: in int64 with masks for the key
 values. Multiplication gives the same low 32 bits either way, and so do CPU and GPU.
 """
 
+import numpy
 import torch
 
 # One stream per use: draws of different use at one position must be independent of each other.
@@ -18,8 +19,8 @@ STREAM_FINAL = 2  # correction or bonus of the rejection rule
 _MASK32 = 0xFFFFFFFF
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijective 32-bit finaliser on int64 tensors that hold 32-bit values."""
+def _mix(x):
+    """A bijective 32-bit finaliser on int64 tensors, or NumPy arrays, that hold 32-bit values."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
     return x ^ (x >> 16)
@@ -39,14 +40,21 @@ def _mix_wrapping(x: torch.Tensor) -> torch.Tensor:
 
 def _row_keys(seeds: torch.Tensor, positions: torch.Tensor, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two 32-bit keys per row from 64-bit seeds ``(B,)`` and positions ``(B, R)``; both ``(B, R)`` int64."""
+    if type(seeds) is torch.Tensor and seeds.device.type == "cpu":
+        # Some fifty operations on a few integers: NumPy's cost a fraction of torch's there.
+        first, second = _keys(seeds.numpy(), positions.numpy().astype(numpy.int64), stream, numpy.stack)
+        return torch.from_numpy(first), torch.from_numpy(second)
+    return _keys(seeds, positions.to(torch.int64), stream, torch.stack)
+
+
+def _keys(seeds, positions, stream: int, stack):
     low, high = seeds & _MASK32, (seeds >> 32) & _MASK32
-    place = (positions.to(torch.int64) * 4 + stream) & _MASK32
+    place = (positions * 4 + stream) & _MASK32
     # The two halves of a stage are mixed together: on small batches the number of operations is the cost.
-    own, other = _mix(torch.stack([low ^ 0x9E3779B9, high ^ 0x85EBCA6B]))[..., None]
-    here, there = _mix(torch.stack([place, place ^ 0xC2B2AE35]))
-    first, second = _mix(torch.stack([own ^ here, other + there & _MASK32]))
-    first, second = _mix(torch.stack([first ^ second, (second + low[:, None] * 0x27D4EB2F) & _MASK32]))
-    return first, second
+    own, other = _mix(stack([low ^ 0x9E3779B9, high ^ 0x85EBCA6B]))[..., None]
+    here, there = _mix(stack([place, place ^ 0xC2B2AE35]))
+    first, second = _mix(stack([own ^ here, other + there & _MASK32]))
+    return _mix(stack([first ^ second, (second + low[:, None] * 0x27D4EB2F) & _MASK32]))
 
 
 def _unit(bits: torch.Tensor) -> torch.Tensor:

@@ -238,3 +238,12 @@ def test_gumbel_max_over_a_large_vocabulary():
     )
     assert whole > 1e-3 and within > 1e-3
     assert abs(mean - (np.log(vocab) + 0.57722)) < 4 * np.pi / np.sqrt(6 * rows)
+
+
+def test_the_keys_of_a_cpu_are_those_of_any_device():
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 7**20])
+    positions = torch.tensor([[0, 1, 2**30]], dtype=torch.int32).expand(6, -1)
+    for stream in (noise.STREAM_TOKEN, noise.STREAM_FINAL):
+        here = noise._row_keys(seeds, positions, stream)
+        anywhere = noise._keys(seeds, positions.to(torch.int64), stream, torch.stack)
+        assert all(torch.equal(a, b) for a, b in zip(here, anywhere))
