@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.convert.rows import NO_LABEL
+from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.demo.batches import BLOCK_MASKS, BLOCKS, ROW_TOKENS, build_row
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import encode_dialogue
