@@ -40,20 +40,25 @@ def tokenizer_mask_id(tokenizer: Any) -> int | None:
 
 
 def resolve_mask_token_id(
-    config: Any, load_tokenizer: Callable[[], Any] | None, setting: int | None, vocab_size: int
+    config: Any, load_tokenizer: Callable[[], Any] | None, setting: int | None, vocab_size: int, adapter: int | None = None
 ) -> tuple[int, str]:
-    """MASK id and where it came from: the config's ``mask_token_id``, then the tokenizer, then ``IDLM_MASK_TOKEN_ID``.
+    """MASK id and where it came from: the adapter, the config's ``mask_token_id``, then the tokenizer, then ``IDLM_MASK_TOKEN_ID``.
 
     Args:
         config: the Hugging Face config.
         load_tokenizer: called only when the config names no MASK; None where there is no tokenizer.
         setting: ``IDLM_MASK_TOKEN_ID``.
         vocab_size: ids from here on are outside the embedding.
+        adapter: the ``mask_token_id`` of a LoRA adapter's configuration.
 
     Raises:
         SettingError: no MASK anywhere, two sources disagree, or the id is outside the vocabulary.
     """
     found, source = getattr(config, "mask_token_id", None), "config"
+    if adapter is not None:
+        if found not in (None, adapter):
+            raise SettingError(f"the adapter says MASK is {adapter}, the base model's config.json {found}; allowed: the same mask_token_id in both, or in one")
+        found, source = adapter, "adapter"
     if found is None and load_tokenizer is not None:
         found, source = tokenizer_mask_id(load_tokenizer()), "tokenizer"
     if found is None:
@@ -62,7 +67,7 @@ def resolve_mask_token_id(
         raise SettingError(f"IDLM_MASK_TOKEN_ID={setting} contradicts the {source}, which says MASK is {found}; unset it")
     if found is None:
         raise SettingError(
-            "the checkpoint names no MASK token: no mask_token_id in config.json, none in the tokenizer "
+            "the checkpoint names no MASK token: no mask_token_id in config.json (nor in an adapter's), none in the tokenizer "
             f"(mask_token or {MASK_TOKEN}), and IDLM_MASK_TOKEN_ID is not set; allowed: a token id below {vocab_size}"
         )
     if not 0 <= found < vocab_size:

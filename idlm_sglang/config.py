@@ -52,6 +52,7 @@ class Settings:
         auto: the stride controller chooses N, step by step.
         mixed_steps: with the overlap schedule off, a prefill's forward takes the decode step of the running requests along.
         live_page: serve the live page at ``/idlm``.
+        lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
     """
 
     stride: int = DEFAULT_STRIDE
@@ -64,6 +65,7 @@ class Settings:
     auto: bool = False
     mixed_steps: bool = True
     live_page: bool = True
+    lora: str | None = None
 
     @property
     def max_width(self) -> int:
@@ -110,7 +112,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
     ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``,
-    ``IDLM_MIXED_STEPS`` and ``IDLM_LIVE_PAGE`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE`` and ``IDLM_LORA`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -151,6 +153,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     live = env.get("IDLM_LIVE_PAGE", ON)
     if live not in (ON, OFF):
         raise SettingError(f"IDLM_LIVE_PAGE={live!r} is not known; allowed: {ON}, {OFF}")
+    lora = env.get("IDLM_LORA")
+    if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
+        raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
     return Settings(
         stride=stride,
         auto=auto,
@@ -161,6 +166,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         salvage=salvage,
         mixed_steps=mixed == ON,
         live_page=live == ON,
+        lora=lora,
     )
 
 

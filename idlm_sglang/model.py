@@ -1,4 +1,4 @@
-"""The I-DLM model class: Qwen3, strictly causal, whose MASK logit is removed."""
+"""The I-DLM model class: Qwen3, strictly causal, whose MASK logit is removed (that of a base model under an adapter is kept)."""
 
 from contextlib import contextmanager
 
@@ -9,13 +9,15 @@ from torch import nn
 
 from idlm_sglang.config import SettingError
 
+
 class MaskFreeLogitsProcessor(LogitsProcessor):
     """Logits over the real tokens: MASK is an input, never an answer.
 
     The removal sits here so that it holds alike in AR and ISD serving, for sampled tokens, logprobs and prompt logprobs.
+    ``mask_token_id`` None: nothing is removed. A base model under an adapter answers as its AR serving does, whose class keeps them all.
     """
 
-    def __init__(self, config, mask_token_id: int):
+    def __init__(self, config, mask_token_id: int | None):
         super().__init__(config)
         self.mask_token_id = mask_token_id
         self._rows: torch.Tensor | None = None
@@ -37,7 +39,8 @@ class MaskFreeLogitsProcessor(LogitsProcessor):
 
     def _get_logits(self, *args, **kwargs) -> torch.Tensor:
         logits = super()._get_logits(*args, **kwargs)
-        logits[..., self.mask_token_id] = float("-inf")
+        if self.mask_token_id is not None:
+            logits[..., self.mask_token_id] = float("-inf")
         return logits
 
 
@@ -54,7 +57,7 @@ class IDLMForCausalLM(Qwen3ForCausalLM):
         if mask_token_id is None or not 0 <= mask_token_id < config.vocab_size:
             raise SettingError(f"mask_token_id={mask_token_id} in the model config; allowed: 0 to {config.vocab_size - 1}")
         if not isinstance(self.lm_head, nn.Identity):
-            self.logits_processor = MaskFreeLogitsProcessor(config, int(mask_token_id))
+            self.logits_processor = MaskFreeLogitsProcessor(config, None if getattr(config, "idlm_keeps_mask", False) else int(mask_token_id))
 
 
 EntryClass = IDLMForCausalLM

@@ -1,7 +1,9 @@
 """Before a server serves: sizes, model class and configuration, settings that cannot be served."""
 
+import os
+
 from idlm_sglang.compat.running import is_isd
-from idlm_sglang.config import ALGORITHM
+from idlm_sglang.config import ALGORITHM, SettingError
 
 
 def room_for_strides(result: int) -> int:
@@ -26,6 +28,7 @@ def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     from idlm_sglang import checkpoint
+    from idlm_sglang.adapter import read_adapter
     from idlm_sglang.config import read_settings
 
     cfg = resolving_view(server_args)
@@ -42,7 +45,12 @@ def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
         return get_tokenizer(cfg.tokenizer_path or cfg.model_path, trust_remote_code=cfg.trust_remote_code, tokenizer_revision=cfg.revision)
 
     loader = None if cfg.skip_tokenizer_init else load_tokenizer
-    hf.mask_token_id, _ = checkpoint.resolve_mask_token_id(hf, loader, read_settings().mask_token_id, hf.vocab_size)
+    settings = read_settings()
+    lora = settings.lora if isd else None
+    adapters = None if lora is None else read_adapter(lora).mask_token_id
+    hf.mask_token_id, _ = checkpoint.resolve_mask_token_id(hf, loader, settings.mask_token_id, hf.vocab_size, adapters)
+    # Under an adapter the answers are the base model's own, and its AR serving takes MASK for a token like any other.
+    hf.idlm_keeps_mask = lora is not None and checkpoint.AR_ARCHITECTURE in names
     hf.architectures = [checkpoint.ARCHITECTURE]
 
 
@@ -71,6 +79,9 @@ def refuse_before_resolution(server_args) -> None:
     if (server_args.speculative_algorithm or "").upper() == ALGORITHM:
         refuse_unserved(server_args)
         choose_backend(server_args)
+    elif "IDLM_LORA" in os.environ:
+        allowed = f"--speculative-algorithm {ALGORITHM}, or IDLM_LORA unset"
+        raise SettingError(f"IDLM_LORA={os.environ['IDLM_LORA']} has no meaning with --speculative-algorithm {server_args.speculative_algorithm}; allowed: {allowed}")
 
 
 def page_table_in_torch(*args, **kwargs) -> None:

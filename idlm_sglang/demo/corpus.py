@@ -1,9 +1,10 @@
 """Training and held-out dialogues of the embedded checkpoint: text that this package makes itself, from a seed.
 
-Print some with `python -m idlm_sglang.demo.corpus`.
+Print some with `python -m idlm_sglang.demo.corpus`; with `--jsonl` they are data for `idlm convert`.
 """
 
 import argparse
+import json
 import random
 from dataclasses import dataclass
 from typing import Callable, Iterator
@@ -118,10 +119,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="print dialogues that are kept out of training")
+    parser.add_argument("--jsonl", action="store_true", help="in the OpenAI message format, one to a line")
     args = parser.parse_args()
     stream = training_dialogues(args.seed)
     shown = held_out_dialogues(args.seed, args.count) if args.held_out else [next(stream) for _ in range(args.count)]
     for item in shown:
+        if args.jsonl:
+            print(json.dumps({"messages": item.messages()}))
+            continue
         print(f"[{item.family}, {item.side}]" + (f" system: {item.system}" if item.system else ""))
         for question, answer in item.turns:
             print(f"  Q: {question}\n  A: {answer}")

@@ -1,8 +1,8 @@
-"""Measure a checkpoint without an engine: `python -m idlm_sglang.demo.evaluate [DIR]`.
+"""Measure a checkpoint without an engine: `python -m idlm_sglang.demo.evaluate [DIR]`, or a gated adapter with `--base DIR --adapter DIR`.
 
 Prints tokens per forward at several strides (greedy, and at temperature 1 by the rejection rule or, with `--rule coupled`, the same text at every stride) and for several
 policies behind a rejection, whether greedy ISD gives the same tokens as AR, the acceptance of drafts by position, and the share of exactly right greedy
-answers per family. fp32, one sequence at a time. `--blur` makes the MASK rows worse and leaves all others alone, as an adapter that is active
+answers per family. fp32, one sequence at a time. With an adapter AR is the base alone, loaded by itself, and a second table has the adapter off. `--blur` makes the MASK rows worse and leaves all others alone, as an adapter that is active
 at the MASK rows only and was trained too little.
 """
 
@@ -36,13 +36,23 @@ class Counts:
 
 
 class Decoder:
-    """A checkpoint in fp32 with its tokenizer. The MASK logit is removed everywhere. ``coupled``: the rule of sampled answers."""
+    """A checkpoint in fp32 with its tokenizer, and a gated adapter on top of it where one is given. The MASK logit is removed everywhere, with an
+    adapter at the MASK rows alone: the others are the base's.
 
-    def __init__(self, directory: Path, coupled: bool = False):
+    coupled: the rule of sampled answers. Without an adapter and without a MASK in its config the checkpoint is an AR model: stride 1 only.
+    """
+
+    def __init__(self, directory: Path, coupled: bool = False, adapter: Path | None = None):
         self.coupled = coupled
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.mask = self.model.config.mask_token_id
+        self.model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.mask = getattr(self.model.config, "mask_token_id", None)
+        self.gate, self.active = None, True
+        self._mask_rows = torch.zeros(1, 1, dtype=torch.bool)
+        if adapter:
+            from idlm_sglang.convert.gate import load_adapter
+            self.gate, self.mask = load_adapter(self.model, adapter)
+        self.model.eval()
         self.eos = self.model.generation_config.eos_token_id
 
     def prompt(self, item: Dialogue) -> list[int]:
@@ -55,18 +65,21 @@ class Decoder:
 
     def blur(self, scale: float) -> None:
         """Noise of `scale` times their standard deviation on all weights of the layers, for MASK rows only."""
-        generator, at_mask = torch.Generator().manual_seed(5), {}
-        self.model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: at_mask.update(rows=inputs[0][0] == self.mask))
+        generator = torch.Generator().manual_seed(5)
         for linear in (m for layer in self.model.model.layers for m in layer.modules() if isinstance(m, nn.Linear)):
             noise = torch.randn(linear.weight.shape, generator=generator) * linear.weight.std() * scale
 
             def add(_, inputs, output, noise=noise):
-                return output + at_mask["rows"][:, None] * nn.functional.linear(inputs[0], noise)
+                return output + self._mask_rows[..., None] * nn.functional.linear(inputs[0], noise)
 
             linear.register_forward_hook(add)
 
-    def forward(self, cache: DynamicCache, tokens: list[int], drafts: int = 0, fork: int = 0) -> torch.Tensor:
-        """Append `tokens` to the cache; logits (len(tokens), V) in fp32. MASK rows see `fork` of the `drafts` (see isd.layout)."""
+    def forward(self, cache: DynamicCache, tokens: list[int], drafts: int = 0, fork: int = 0, masks: int = 0) -> torch.Tensor:
+        """Append `tokens`, the last `masks` of which play the MASK role, to the cache; logits (len(tokens), V) in fp32. MASK rows see `fork` of the
+        `drafts` (see isd.layout)."""
+        self._mask_rows = torch.arange(len(tokens))[None] >= len(tokens) - masks
+        if self.gate:
+            self.gate.rows = self._mask_rows & self.active
         branch = {}
         if fork < drafts:
             past, width = cache.get_seq_length(), len(tokens)
@@ -75,7 +88,8 @@ class Decoder:
             visible[..., past:] &= visible_rows(c, f, width)
             branch = {"position_ids": past + row_offsets(c, f, width), "attention_mask": torch.where(visible, 0.0, float("-inf"))[:, None]}
         logits = self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, **branch).logits[0]
-        logits[:, self.mask] = float("-inf")
+        if self.mask is not None:
+            logits[len(tokens) - masks if self.gate else 0:, self.mask] = float("-inf")
         return logits
 
     @torch.inference_mode()
@@ -88,7 +102,7 @@ class Decoder:
         while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
             kept = cache.get_seq_length() + 1
             fork = clean if salvage == BRANCH else len(drafts)
-            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)], len(drafts), fork)
+            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)], len(drafts), fork, stride - 1)
             committed, accepted = self._verify(logits, drafts, q, temperature, counts if clean == len(drafts) else Counts(), kept - 1)
             cache.crop(kept + accepted - cache.get_seq_length())  # minus the number of rejected and MASK columns
             counts.forwards += 1
@@ -144,10 +158,16 @@ def _different(items: list[Dialogue], count: int) -> list[Dialogue]:
     return list({tuple(question for question, _ in item.turns): item for item in items}.values())[:count]
 
 
-def measure_speed(decoder: Decoder, prompts: list[list[int]], strides: list[int], policies: list[str]) -> None:
-    """Print one line per mode, stride and policy behind a rejection for these prompts."""
-    reference = [decoder.generate(p, 1, 0.0, Counts()) for p in prompts]
-    sampled = [decoder.generate(p, 1, 1.0, Counts()) for p in prompts] if decoder.coupled else None
+def measure_speed(decoder: Decoder, ar: Decoder, prompts: list[list[int]], strides: list[int], policies: list[str], ended: bool = False) -> None:
+    """Print one line per mode, stride and policy behind a rejection for these prompts. `ar` gives the answers to compare with, at stride 1.
+
+    ended: leave out the prompts whose greedy answer does not end with a stop token within MAX_NEW_TOKENS.
+    """
+    reference = [ar.generate(p, 1, 0.0, Counts()) for p in prompts]
+    if ended:
+        kept = [i for i, answer in enumerate(reference) if answer[-1] in ar.eos]
+        prompts, reference = [prompts[i] for i in kept], [reference[i] for i in kept]
+    sampled = [ar.generate(p, 1, 1.0, Counts()) for p in prompts] if decoder.coupled else None
     print(f"  {sum(map(len, reference)) / len(reference):.1f} tokens per greedy answer, {sum(r[-1] in decoder.eos for r in reference)}/{len(prompts)} end with a stop token")
     for temperature in (0.0, 1.0):
         for stride in strides:
@@ -182,10 +202,13 @@ def measure_answers(decoder: Decoder, count: int, seed: int, families: list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure tokens per forward and answers of a small I-DLM checkpoint.")
     parser.add_argument("directory", nargs="?", type=Path, default=CHECKPOINT_DIR)
+    parser.add_argument("--base", type=Path, help="an AR model in place of the directory, for --adapter")
+    parser.add_argument("--adapter", type=Path, help="a gated adapter of the base")
     parser.add_argument("--prompts", type=int, default=100, help="prompts per set for the speed (0: skip)")
     parser.add_argument("--answers", type=int, default=20, help="prompts per family and kind of novelty for the answers (0: skip)")
     parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
     parser.add_argument("--strides", default="2,3,4,8")
+    parser.add_argument("--ended", action="store_true", help="leave out prompts whose greedy answer does not end (for the speed)")
     parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {OFF}, {BRANCH}, {CHAIN})")
     parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
     parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
@@ -197,16 +220,29 @@ def main() -> None:
     policies = args.salvage.split(",")
     if not set(policies) <= {OFF, BRANCH, CHAIN}:
         parser.error(f"--salvage {args.salvage}: known are {OFF}, {BRANCH}, {CHAIN}")
-    if not (args.directory / "config.json").is_file():
-        parser.error(f"directory {args.directory}: it has no config.json")
+    if bool(args.base) != bool(args.adapter):
+        parser.error("--base and --adapter belong together: give both")
+    directory = args.base or args.directory
+    for place, file in (directory, "config.json"), (args.adapter, "adapter_config.json"):
+        if place and not (place / file).is_file():
+            parser.error(f"directory {place}: it has no {file}")
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    decoder = Decoder(args.directory, args.rule == "coupled")
+    decoder = Decoder(directory, args.rule == "coupled", args.adapter)
+    if decoder.mask is None:
+        parser.error(f"directory {directory}: its config names no mask_token_id; an AR model needs --adapter")
+    ar = Decoder(directory, args.rule == "coupled") if args.adapter else decoder
     if args.blur:
         decoder.blur(args.blur)
     for name, items in prompt_sets(args.prompts, args.seed).items() if args.prompts else ():
         print(f"{name}: {len(items)} prompts", flush=True)
-        measure_speed(decoder, [decoder.prompt(item) for item in items], [int(n) for n in args.strides.split(",")], policies)
+        prompts, strides = [decoder.prompt(item) for item in items], [int(n) for n in args.strides.split(",")]
+        measure_speed(decoder, ar, prompts, strides, policies, args.ended)
+        if args.adapter:
+            print(" adapter off", flush=True)
+            decoder.active = False
+            measure_speed(decoder, ar, prompts, strides, policies[:1], args.ended)
+            decoder.active = True
     if args.answers:
         print("greedy answers that are exactly right, on held-out prompts", flush=True)
         measure_answers(decoder, args.answers, args.seed, [f for f in args.families.split(",") if f])

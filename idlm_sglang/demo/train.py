@@ -1,5 +1,7 @@
 """Train the embedded checkpoint on one CPU thread: `python -m idlm_sglang.demo.train --out DIR`.
 
+With `--ar-only` the same model is trained on clean rows alone: an ordinary AR checkpoint, the base of the embedded adapter.
+
 The text comes from corpus.py, the rows from batches.py. The same seed on the same machine gives the same files.
 """
 
@@ -18,37 +20,27 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from idlm_sglang.demo.batches import NO_LABEL, ROW_TOKENS, Batch, build_batch
+from idlm_sglang.convert import attention
+from idlm_sglang.convert.objective import draft_losses
+from idlm_sglang.convert.rows import NO_LABEL, Batch
+from idlm_sglang.convert.schedule import learning_rate_factor
+from idlm_sglang.demo.batches import build_batch
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import END_OF_TEXT, IM_END, MASK, VOCAB_SIZE, encode_dialogue, save_tokenizer, train_tokenizer
 
-STEPS, ROWS, WARMUP_STEPS = 2300, 8, 40
+STEPS, AR_STEPS, ROWS = 2300, 800, 8
 MUON_LR, ADAM_LR = 0.02, 4e-3
 TOKENIZER_DIALOGUES = 4000
 MAX_POSITIONS = 4096
 
 
-def plain_attention(module, query, key, value, attention_mask, scaling, **_):
-    """softmax(q k^T + mask) v with an additive mask, for transformers. On one CPU thread and rows this short, forward and backward take
-    less than half the time of the fused CPU kernel with a mask.
-
-    query: (B, heads, T, d). key, value: (B, kv_heads, T, d). attention_mask: (B, 1, T, T), 0 or -inf. Returns (B, T, heads, d), None.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query * scaling) @ key.transpose(-1, -2) + attention_mask
-    return (scores.softmax(-1, dtype=query.dtype) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("plain", plain_attention)
-
-
-def model_config(tokenizer: Tokenizer) -> dict:
-    """The checkpoint's config.json: Qwen3's shape at 2.6 M parameters, plus the id of the MASK token."""
+def model_config(tokenizer: Tokenizer, ar_only: bool = False) -> dict:
+    """The checkpoint's config.json: Qwen3's shape at 2.6 M parameters, plus the id of the MASK token unless it is an AR model."""
+    kind = {"architectures": ["Qwen3ForCausalLM"]} if ar_only else {"architectures": ["IDLMForCausalLM"], "mask_token_id": tokenizer.token_to_id(MASK)}
     return {
-        "architectures": ["IDLMForCausalLM"], "model_type": "qwen3", "mask_token_id": tokenizer.token_to_id(MASK),
+        **kind, "model_type": "qwen3",
         "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": True, "use_sliding_window": False,
@@ -58,22 +50,20 @@ def model_config(tokenizer: Tokenizer) -> dict:
     }
 
 
-def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Mean losses over answer rows, in nats: CE of clean rows, CE of MASK rows, and CE of MASK rows against the detached clean row that
-    predicts the same token; then the share of MASK rows whose argmax is the clean row's (that is, accepted if greedy).
+def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, str]:
+    """The loss of a batch in nats, and its parts as text: CE of clean rows, + 0.5 of either loss of the MASK rows where there are any.
 
     logits: (B, T, V), row i predicts token i + 1.
     """
-    clean, masked = logits[:, :ROW_TOKENS].float(), logits[:, ROW_TOKENS:].float()
-    clean_labels, mask_labels = batch.labels[:, :ROW_TOKENS], batch.labels[:, ROW_TOKENS:]
+    clean, masked = logits[:, :batch.clean].float(), logits[:, batch.clean:].float()
+    clean_labels, mask_labels = batch.labels[:, :batch.clean], batch.labels[:, batch.clean:]
     clean_loss = F.cross_entropy(clean.flatten(0, 1), clean_labels.flatten(), ignore_index=NO_LABEL)
+    if not masked.shape[1]:
+        return clean_loss, f"clean {clean_loss.item():.3f}"
     wanted = mask_labels != NO_LABEL
-    log_q = masked[wanted].log_softmax(-1)
-    mask_loss = F.nll_loss(log_q, mask_labels[wanted])
     teacher = clean.detach().gather(1, batch.same_token[..., None].expand(-1, -1, clean.shape[-1]))[wanted]
-    soft_loss = -(teacher.softmax(-1) * log_q).sum(-1).mean()
-    agreement = (teacher.argmax(-1) == log_q.argmax(-1)).float().mean().item()
-    return clean_loss, mask_loss, soft_loss, agreement
+    hard, soft, agreement = draft_losses(masked[wanted], teacher, mask_labels[wanted])
+    return clean_loss + 0.5 * hard + 0.5 * soft, f"clean {clean_loss.item():.3f} mask {hard.item():.3f} soft {soft.item():.3f}  drafts agree {agreement:.1%}"
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -84,28 +74,22 @@ def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up, flat, then linear to zero over the second half."""
-    warmup = min(1.0, (step + 1) / min(WARMUP_STEPS, max(1, steps // 4)))
-    return warmup * min(1.0, 2 * (1 - step / steps))
-
-
 def encoded_dialogues(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[list[int], list[bool]]]:
     for item in training_dialogues(seed):
         yield encode_dialogue(tokenizer, item.messages())
 
 
-def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, tokenizer_dialogues: int = TOKENIZER_DIALOGUES) -> None:
-    """Train and write a Hugging Face checkpoint directory to `out`. Deterministic for (steps, rows, seed) on one machine."""
+def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, ar_only: bool = False) -> None:
+    """Train and write a Hugging Face checkpoint directory to `out`. Deterministic for its arguments on one machine."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     started = time.monotonic()
     dialogues = training_dialogues(seed)
-    sample = [next(dialogues).messages() for _ in range(tokenizer_dialogues)]
+    sample = [next(dialogues).messages() for _ in range(TOKENIZER_DIALOGUES)]
     tokenizer = train_tokenizer(text for messages in sample for message in messages for text in message.values())  # roles too
-    config = model_config(tokenizer)
-    model = Qwen3ForCausalLM._from_config(Qwen3Config(**{**config, "torch_dtype": "float32"}), attn_implementation="plain")
+    config = model_config(tokenizer, ar_only)
+    model = Qwen3ForCausalLM._from_config(Qwen3Config(**{**config, "torch_dtype": "float32"}), attn_implementation=attention.NAME)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {rows} rows, tokenizer of {tokenizer.get_vocab_size()} tokens", flush=True)
 
     conversations, rng = encoded_dialogues(tokenizer, seed), random.Random(seed)
@@ -116,12 +100,13 @@ def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, tokeni
         for opt, rates in zip(opts, base):
             for group, rate in zip(opt.param_groups, rates):
                 group["lr"] = rate * learning_rate_factor(step, steps)
-        batch = build_batch(conversations, config["mask_token_id"], rng, rows)
+        batch = build_batch(conversations, tokenizer.token_to_id(MASK), rng, rows)
+        batch = batch.without_masks() if ar_only else batch
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            unseen = torch.zeros(batch.visible.shape, dtype=torch.bfloat16).masked_fill(~batch.visible, float("-inf"))
+            unseen = batch.unseen(torch.bfloat16)
             logits = model(input_ids=batch.input_ids, position_ids=batch.positions, attention_mask=unseen, use_cache=False).logits
-        clean, mask, soft, agreement = losses(logits, batch)
-        (clean + 0.5 * mask + 0.5 * soft).backward()
+        loss, parts = losses(logits, batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
@@ -129,7 +114,7 @@ def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, tokeni
         if step % 10 == 9 or step == steps - 1:
             spent = time.monotonic() - training_started
             left = spent / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1}/{steps}  loss clean {clean.item():.3f} mask {mask.item():.3f} soft {soft.item():.3f}  drafts agree {agreement:.1%}  "
+            print(f"step {step + 1}/{steps}  loss {parts}  "
                   f"{spent / (step + 1):.2f} s/step  {left / 60:.1f} min left", flush=True)
     save(model, tokenizer, config, out)
     print(f"wrote {out} after {(time.monotonic() - started) / 60:.1f} min ({time.process_time() / 60:.1f} min of CPU time), "
@@ -154,16 +139,19 @@ def sha256(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the toy I-DLM that comes with idlm-sglang (one CPU thread).")
+    parser = argparse.ArgumentParser(description="Train the toy models that come with idlm-sglang (one CPU thread).")
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--ar-only", action="store_true", help="clean rows alone: an ordinary AR checkpoint, without MASK in its config")
+    parser.add_argument("--steps", type=int, help=f"default {STEPS}, with --ar-only {AR_STEPS}")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of 256 tokens per step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps is None:
+        args.steps = AR_STEPS if args.ar_only else STEPS
     for name in "steps", "rows":
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: it has to be 1 or more")
-    train(args.out, args.steps, args.rows, args.seed)
+    train(args.out, args.steps, args.rows, args.seed, args.ar_only)
 
 
 if __name__ == "__main__":

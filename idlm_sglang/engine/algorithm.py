@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from idlm_sglang import checkpoint
+from idlm_sglang import adapter, checkpoint
 from idlm_sglang.platform import accelerator_available
 from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, Settings, SettingError, hand_down, read_settings
 
@@ -99,17 +99,35 @@ def resolve_salvage(salvage: str, server_args) -> str:
     return salvage
 
 
-def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:
-    """MASK id and its source for the checkpoint to be served, before any weight is loaded."""
-    from sglang.srt.utils.hf_transformers_utils import get_config, get_tokenizer
+def check_adapter(server_args, path: str) -> None:
+    """Raise :class:`SettingError` for a LoRA adapter that is not served, or is not this checkpoint's; its weights are read for that."""
+    if getattr(server_args, "enable_layernorm_sp", False):
+        # It multiplies past the layers' methods, where the adapter is added.
+        raise SettingError(f"--enable-layernorm-sp True cannot be combined with IDLM_LORA={path}; allowed: off")
+    found = adapter.read_adapter(path)
+    adapter.check_adapter(found, _config_of(server_args))
+    made_for = (found.base or "").rstrip("/").split("/")[-1]
+    if made_for and made_for.lower() != str(server_args.model_path).rstrip("/").split("/")[-1].lower():
+        logger.warning("idlm: the adapter says it was made for %s; its shapes fit %s, which is served", found.base, server_args.model_path)
+
+
+def _config_of(server_args):
+    from sglang.srt.utils.hf_transformers_utils import get_config
 
     overrides = server_args.json_model_override_args
-    config = get_config(
+    return get_config(
         server_args.model_path,
         trust_remote_code=server_args.trust_remote_code,
         revision=server_args.revision,
         model_override_args=json.loads(overrides) if overrides else {},
     )
+
+
+def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:
+    """MASK id and its source for the checkpoint to be served, before any weight is loaded."""
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    config = _config_of(server_args)
     name = checkpoint.check_architecture(config.architectures)
     if name == checkpoint.PUBLISHED_ARCHITECTURE:
         logger.warning("idlm: %s", checkpoint.SDAR_NOTE)
@@ -122,7 +140,8 @@ def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:
         )
 
     loader = None if server_args.skip_tokenizer_init else load_tokenizer
-    return checkpoint.resolve_mask_token_id(config, loader, settings.mask_token_id, config.vocab_size)
+    adapters = None if settings.lora is None else adapter.read_adapter(settings.lora).mask_token_id
+    return checkpoint.resolve_mask_token_id(config, loader, settings.mask_token_id, config.vocab_size, adapters)
 
 
 class IsdAlgorithm(CustomSpecAlgo):
@@ -161,6 +180,8 @@ class IsdAlgorithm(CustomSpecAlgo):
             )
         mask_id, source = check_checkpoint(server_args, settings)
         logger.info("idlm: MASK token %d (from the %s)", mask_id, source)
+        if settings.lora is not None:
+            check_adapter(server_args, settings.lora)
         hand_down(settings)
         server_args.speculative_num_steps = max(settings.max_stride - 1, 1)
         server_args.speculative_eagle_topk = 1

@@ -72,7 +72,7 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
     Returns:
         SGLang's result of the prefill, its next tokens sampled, and that of the decode step, None without one.
     """
-    count, drafts = len(batch.reqs), rows.drafts if masked else 0
+    count, drafts, first = len(batch.reqs), rows.drafts if masked else 0, 0
     longer, read = with_masks(batch, masked, drafts, worker.mask_id, worker.req_to_token)
     proposing, step = len(read) - count, None
     if partner is not None:
@@ -83,7 +83,10 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
     worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
     forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)
     forward_batch.positions = forward_batch.positions.clamp(max=worker.last_position)
-    with worker.model_runner.model.logits_processor.reading(on_device(torch.tensor(read, dtype=torch.int64), worker.device)):
+    index = on_device(torch.tensor(read, dtype=torch.int64), worker.device)
+    behind = index[count : count + proposing]
+    gate = step.gate(first, behind) if isinstance(step, StridedStep) else worker.gate.on(behind)
+    with worker.model_runner.model.logits_processor.reading(index), gate:
         out = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
     logits = out.logits_output.next_token_logits
     beside, others = None, logits[count + proposing :]

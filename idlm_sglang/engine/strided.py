@@ -57,9 +57,14 @@ class StridedStep:
         positions = self._positions.clamp(max=worker.last_position)
         verify = IsdVerifyInput(self.tokens.view(-1), positions.view(-1), self.width, new_visible=self._visible)
         forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
-        out = worker.phases.forward(worker.target_worker.forward_batch_generation, batch=None, forward_batch=forward_batch, is_verify=True)
+        with self.gate():
+            out = worker.phases.forward(worker.target_worker.forward_batch_generation, batch=None, forward_batch=forward_batch, is_verify=True)
         logits = out.logits_output.next_token_logits.float().view(len(batch.reqs), self.width, -1)
         return out, logits
+
+    def gate(self, first: int = 0, others: torch.Tensor | None = None):
+        """In here an adapter acts on the step's MASK rows, the forward's rows from ``first`` on being its own, and on ``others`` (``engine.lora``)."""
+        return self._worker.gate.masks(self._carried.counts, self._rows.drafts, first, others)
 
     def finish(self, out, logits: torch.Tensor, on_publish=None) -> IsdResult:
         """Commit tokens and draw the next drafts.

@@ -12,7 +12,7 @@ from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
 from idlm_sglang.config import AUTO, REJECTION, SettingError, handed_down
-from idlm_sglang.engine import reserve
+from idlm_sglang.engine import lora, reserve
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.beside import can_join, prefill
 from idlm_sglang.engine.calibrate import measure
@@ -71,6 +71,7 @@ class IsdWorker(BaseSpecWorker):
         self.mask_id = int(self.model_runner.model_config.hf_config.mask_token_id)
         if not isinstance(self.model_runner.model.logits_processor, MaskFreeLogitsProcessor):
             raise SettingError(f"the model was loaded as {type(self.model_runner.model).__name__}; allowed: {ARCHITECTURE}")
+        self.gate = lora.attach(self.model_runner.model, self.settings.lora, self.model_runner.model_config.hf_config, self.model_runner.dtype, self.device)
         self.vocab = self.model_runner.model_config.vocab_size
         self._most_rows = _LOGITS // (4 * self.vocab)
         self.last_position = self.model_runner.model_config.context_len - 1
@@ -100,6 +101,7 @@ class IsdWorker(BaseSpecWorker):
         super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
         self.req_to_token = req_to_token_pool.req_to_token
         slots, drafts = self.req_to_token.shape[0], self.settings.max_stride - 1
+        self.gate.reserve(slots * drafts, self.device)
         keep_q = self.settings.sampling_rule == REJECTION
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
         self.counts = TokenCounts(slots, self.vocab, self.device)
@@ -121,6 +123,7 @@ class IsdWorker(BaseSpecWorker):
             raise SettingError(f"IDLM_SALVAGE={BRANCH} cannot be served with the attention of {type(backend).__name__}; allowed: chain, off")
         if getattr(self.model_runner, "decode_cuda_graph_runner", None) is not None:
             raise SettingError("decode CUDA graphs are not supported with --speculative-algorithm ISD; allowed: --cuda-graph-backend-decode disabled")
+        self.gate.keep_eager(getattr(self.model_runner, "prefill_cuda_graph_runner", None))
 
     def prewarm_sampling(self):
         # The last thing before the pools are handed to the scheduler: everything a step needs is there.

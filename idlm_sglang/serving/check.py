@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import distribution, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 from idlm_sglang import demo
@@ -64,6 +65,7 @@ def _looks(host: str, port: str) -> Iterator[tuple[str, Callable[[], tuple[str, 
     yield "shared memory", shared_memory
     yield "entry points", registered
     yield "torch", torch_build
+    yield "adapter", embedded_adapter
     yield "hooks", hooks
     yield "platform", platform
 
@@ -174,6 +176,16 @@ def torch_build() -> tuple[str, str]:
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     return OK, f"{torch.__version__} ({built}); {device_name()}"
+
+
+def embedded_adapter() -> tuple[str, str]:
+    """The pair of `idlm serve --demo risd`."""
+    from idlm_sglang.adapter import check_adapter, read_adapter
+
+    config = json.loads((demo.RISD_BASE_DIR / "config.json").read_text())
+    found = read_adapter(str(demo.RISD_ADAPTER_DIR))
+    check_adapter(found, SimpleNamespace(**config))
+    return OK, f"embedded, rank {found.rank}, fits the embedded AR base"
 
 
 def hooks() -> tuple[str, str]:

@@ -30,6 +30,7 @@ examples:
   idlm serve /models/I-DLM-8B --tp-size 2            a checkpoint on two GPUs
   idlm serve /models/I-DLM-8B --max-stride 8         requests may ask for a stride of up to 8
   idlm serve /models/I-DLM-8B --ar                   the same checkpoint, one token per forward, for comparison
+  idlm serve /models/Qwen3-8B --idlm-lora /adapters/r128    Qwen3-8B's own answers, several tokens per forward
 
 exit code: 0 after an orderly stop (SIGTERM, Ctrl-C; a second one ends it at once), 1 or 2 for settings that cannot be
 served or a server that failed, 128 + n when it was ended by signal n."""
@@ -70,7 +71,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,migrate,bench,eval}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,convert,check,replay,migrate,bench,eval}")
 
     serve = commands.add_parser(
         "serve",
@@ -89,6 +90,8 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")
     option("--salvage", metavar="MODE", help="what a rejection leaves for the next step: auto (default), branch, chain or off")
     option("--mixed-steps", metavar="on|off", help="with the overlap schedule off, decode steps ride in the forwards of prompts (default on)")
+    option("--idlm-lora", metavar="ADAPTER", help="a LoRA adapter (PEFT's directory) for the MASK rows alone: the answers are MODEL's own")
+    option("--demo", metavar="NAME", help="which embedded model, where none is named: idlm (default), or risd, a plain AR model with such an adapter")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")
     option("--no-metrics", action="store_true", help="no Prometheus metrics at /metrics")
     option("--no-live-page", action="store_true", help="no live page at /idlm")
@@ -115,6 +118,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     migrate.add_argument("file", metavar="CONFIG.yaml", help="the fork's settings")
     migrate.add_argument("--model", metavar="MODEL", default="MODEL", help="the checkpoint to name in the command (default: the word MODEL)")
     # Listed for the help alone: what follows is read by the commands' own modules.
+    commands.add_parser("convert", help="train an adapter for an AR model, or an I-DLM from it", add_help=False)
     commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
     commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
     return top, serve
@@ -128,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Parsed on its own: SGLang's flags and their values are words that no parser here knows.
         own, rest = serve.parse_known_args(words[1:])
         return _serve(own, rest)
+    if words[:1] == ["convert"]:
+        from idlm_sglang.convert.command import main as convert
+
+        return convert(words[1:], _Parser)
     if words[:1] == ["bench"]:
         return _bench(words[1:])
     if words[:1] == ["eval"]:

@@ -43,7 +43,7 @@ DROPPED = {
     "fast_verify_topk": Dropped(_LOSSY),
     "fast_verify_topk_per_spec": Dropped(_LOSSY),
     "output_correction": Dropped("there is nothing to correct: the output is AR's"),
-    "conditional_lora": Dropped("adapters are not served with ISD: serve a checkpoint that was fine-tuned as a whole"),
+    "conditional_lora": Dropped("the file does not name the adapter: add --idlm-lora ADAPTER, which is always gated to the MASK rows"),
     "stats_file": Dropped("the figures are at /metrics (idlm:*) and in each answer's meta_info (spec_*)"),
     "rounds_file": Dropped("the figures are at /metrics (idlm:*) and in each answer's meta_info (spec_*)"),
     "draft_conf_file": Dropped("drafts' probabilities are not written; acceptance by position is at /metrics (idlm:drafts_*)"),

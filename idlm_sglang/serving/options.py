@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
-from idlm_sglang.demo import CHECKPOINT_DIR
+from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 MAX_PORT = 65535
 DEFAULT_CONCURRENCY = 64
 DEMO_NAME = "idlm-demo"
+IDLM, RISD = DEMOS = ("idlm", "risd")
+_EMBEDDED = {CHECKPOINT_DIR: ("the embedded demo checkpoint", DEMO_NAME), RISD_BASE_DIR: ("the embedded AR base model", "risd-demo")}
 
 _MODEL = ("--model-path", "--model")
 _DP = ("--dp-size", "--data-parallel-size")
@@ -69,7 +71,7 @@ def resolve(own: Namespace, sglang_argv: Sequence[str], log_to_terminal: bool) -
         SettingError: one line that names the setting, its value and what is allowed.
     """
     words = _Words(sglang_argv)
-    model, embedded = _model(words)
+    model, embedded = _model(words, own.demo)
     environ, typed = _settings(own, words)
     host = words.value("--host") or DEFAULT_HOST
     port = _port(words.value("--port"))
@@ -86,7 +88,7 @@ def resolve(own: Namespace, sglang_argv: Sequence[str], log_to_terminal: bool) -
     if embedded:
         # The demo model was made and measured in fp32; bf16 flips near-ties.
         default(("--dtype",), "float32")
-        default(("--served-model-name",), DEMO_NAME)
+        default(("--served-model-name",), embedded[1])
     if not own.ar:
         default((_ALGORITHM,), ALGORITHM)
     if own.ar or (words.value(_ALGORITHM) or ALGORITHM).upper() != ALGORITHM:
@@ -97,7 +99,7 @@ def resolve(own: Namespace, sglang_argv: Sequence[str], log_to_terminal: bool) -
         default(("--enable-metrics",))
 
     return Launch(
-        model="the embedded demo checkpoint" if embedded else model,
+        model=embedded[0] if embedded else model,
         argv=(*defaults, *words.argv),
         environ=environ,
         typed=typed,
@@ -149,24 +151,27 @@ class _Words:
         return next((str(self._config[name]) for name in names if name in self._config), None)
 
 
-def _model(words: _Words) -> tuple[str, bool]:
-    """The model's path or repository name, and whether it is the embedded one."""
+def _model(words: _Words, demo: str | None) -> tuple[str, tuple[str, str] | None]:
+    """The model's path or repository name; for an embedded one also what people and clients call it."""
     flag = words.value(*_MODEL)
+    if demo not in (None, *DEMOS):
+        raise SettingError(f"--demo {demo} is not known; allowed: {', '.join(DEMOS)}")
+    if demo is not None and (words.positional or flag) is not None:
+        raise SettingError(f"--demo {demo} and the model {words.positional or flag} were both named; allowed: one of them")
     if words.positional is not None:
         if flag is not None:
             raise SettingError(f"two models were named, {words.positional} and --model-path {flag}; allowed: one of them")
-    model = words.positional or flag or str(CHECKPOINT_DIR)
+    model = words.positional or flag or str(RISD_BASE_DIR if demo == RISD else CHECKPOINT_DIR)
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise SettingError(f"--model-path {model} holds no config.json; allowed: a Hugging Face checkpoint")
-        embedded = path.resolve() == CHECKPOINT_DIR
-        return (str(path) if model.startswith("~") else model), embedded
+        return (str(path) if model.startswith("~") else model), _EMBEDDED.get(path.resolve())
     # `name` and `owner/name` may be a repository; anything else can only be a path.
     looks_like_repository = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
     if not path.exists() and not looks_like_repository and "://" not in model:
         raise SettingError(f"--model-path {model} does not exist; allowed: a checkpoint's directory or a repository's owner/name")
-    return model, False
+    return model, None
 
 
 def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, str]]:
@@ -175,7 +180,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
     if own.ar and algorithm is not None:
         raise SettingError(f"--ar and {_ALGORITHM} {algorithm} were both given; allowed: one of them")
     strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule}
-    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--mixed-steps": own.mixed_steps}
+    strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--mixed-steps": own.mixed_steps, "--idlm-lora": own.idlm_lora}
     for flag, value in strided.items():
         if value is None:
             continue
@@ -194,6 +199,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--salvage {own.salvage} is not known; allowed: {', '.join(SALVAGE)}")
     if own.mixed_steps not in (None, ON, OFF):
         raise SettingError(f"--mixed-steps {own.mixed_steps} is not known; allowed: {ON}, {OFF}")
+    if own.idlm_lora is not None and not Path(own.idlm_lora).expanduser().is_dir():
+        raise SettingError(f"--idlm-lora {own.idlm_lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
     if own.selfcheck is not None:
         share(f"--selfcheck {own.selfcheck}", own.selfcheck)
     if stride is not None and top is not None and top < stride:
@@ -212,11 +219,15 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_SELFCHECK": ("--selfcheck", own.selfcheck),
         "IDLM_SALVAGE": ("--salvage", own.salvage),
         "IDLM_MIXED_STEPS": ("--mixed-steps", own.mixed_steps),
+        "IDLM_LORA": ("--idlm-lora", own.idlm_lora),
     }
     if own.no_live_page:
         typed["IDLM_LIVE_PAGE"] = ("--no-live-page", OFF)
     given = {name: pair for name, pair in typed.items() if pair[1] is not None}
-    return {name: value for name, (_, value) in given.items()}, {name: flag for name, (flag, _) in given.items()}
+    environ = {name: value for name, (_, value) in given.items()}
+    if own.demo == RISD and not own.ar and (algorithm or ALGORITHM).upper() == ALGORITHM:
+        environ.setdefault("IDLM_LORA", str(RISD_ADAPTER_DIR))
+    return environ, {name: flag for name, (flag, _) in given.items()}
 
 
 def integer(flag: str, text: str | None, low: int, high: int | None) -> int | None:

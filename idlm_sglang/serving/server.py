@@ -105,6 +105,7 @@ def describe(server_args: Any) -> dict[str, Any]:
         "auto": strided and settings.auto,
         "max_stride": settings.max_stride if strided else None,
         "rule": settings.sampling_rule if strided else None,
+        "lora": _adapter(settings.lora) if strided else None,
         "concurrency": cfg.max_running_requests,
         "device": device_name(cfg.device),
         "platform": type(current_platform).__name__,
@@ -118,6 +119,13 @@ def describe(server_args: Any) -> dict[str, Any]:
         "tls": bool(cfg.ssl_certfile),
         "key": bool(cfg.api_key),
     }
+
+
+def _adapter(path: str | None) -> dict[str, Any] | None:
+    """The adapter's path and rank."""
+    from idlm_sglang.adapter import read_adapter
+
+    return None if path is None else {"path": path, "rank": read_adapter(path).rank}
 
 
 def _architecture(model_path: str, served: list[str] | None) -> str:

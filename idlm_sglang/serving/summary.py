@@ -47,6 +47,7 @@ def text(launch: Launch, resolved: dict[str, Any]) -> str:
     rows = [
         ("model", f"{launch.model}: {resolved['architecture']}, {resolved['dtype']}, as \"{resolved['served_as']}\""),
         ("decoding", _decoding(resolved)),
+        *([("adapter", _adapter(resolved["lora"]))] if resolved["lora"] else []),
         ("MASK", _mask(resolved)),
         ("concurrency", f"{resolved['concurrency']} requests" if resolved["concurrency"] else "as much as memory allows"),
         ("device", _device(resolved)),
@@ -69,6 +70,10 @@ def _decoding(resolved: dict[str, Any]) -> str:
         return f"stride auto: 1 to {resolved['max_stride']} tokens per forward, whichever is fastest; sampling rule {resolved['rule']}"
     more = f", requests may ask for up to {resolved['max_stride']}" if resolved["max_stride"] > stride else ""
     return f"stride {stride}: up to {stride} tokens per forward of {2 * stride - 1} rows{more}; sampling rule {resolved['rule']}"
+
+
+def _adapter(lora: dict[str, Any]) -> str:
+    return f"{lora['path']}, rank {lora['rank']}, at the MASK rows alone: the answers are the base model's own"
 
 
 def _mask(resolved: dict[str, Any]) -> str:

@@ -68,3 +68,14 @@ def test_a_dllm_arm_reads_the_checkpoint_as_what_it_is(tmp_path):
 def test_common_flags_stand_before_the_arm_s_own():
     words, _ = command(parse("a=isd:8 --page-size 16"), "owner/name", False, ("--page-size", "1"), 31000, None)
     assert words.index("1") < words.index("16") and words[words.index("--stride") + 1] == "8"
+
+
+def test_an_adapter_is_a_flag_of_an_arm_and_reaches_idlm_serve(tmp_path):
+    from idlm_sglang.serving import cli, options
+
+    (tmp_path / "config.json").write_text("{}")
+    arm = parse(f"risd=isd:4 --idlm-lora {tmp_path}")
+    words, _ = command(arm, tmp_path, False, (), 31000, tmp_path)
+    own, rest = cli.parser()[1].parse_known_args(words[words.index("serve") + 1 :])
+    launch = options.resolve(own, rest, log_to_terminal=False)
+    assert launch.environ["IDLM_LORA"] == str(tmp_path) and launch.environ["IDLM_STRIDE"] == "4"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from idlm_sglang.convert.rows import NO_LABEL
 from idlm_sglang.demo import CHECKPOINT_DIR
-from idlm_sglang.demo.batches import BLOCK_MASKS, BLOCKS, NO_LABEL, ROW_TOKENS, build_row
+from idlm_sglang.demo.batches import BLOCK_MASKS, BLOCKS, ROW_TOKENS, build_row
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import encode_dialogue
 
@@ -40,7 +41,8 @@ def _rows(count: int):
     conversations = (encode_dialogue(tokenizer, item.messages()) for item in training_dialogues(7))
     rng = random.Random(7)
     for _ in range(count):
-        yield build_row(conversations, MASK_ID, rng)
+        row = build_row(conversations, MASK_ID, rng)
+        yield row.input_ids[0], row.positions[0], row.visible[0, 0], row.labels[0], row.same_token[0]
 
 
 def test_every_row_predicts_the_next_token_of_an_answer():

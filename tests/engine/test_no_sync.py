@@ -1,7 +1,7 @@
 """A strided step of the worker reads nothing back from the device.
 
 Fake tensors have no values: `.item()`, `.cpu()` on a fake cuda tensor, or a branch on a tensor fails under FakeTensorMode.
-The model's forward is replaced by fake logits; everything the worker itself does around it runs as it is.
+The model's forward is replaced by fake logits and one gated layer; everything the worker itself does around it runs as it is.
 """
 
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from idlm_sglang.config import BRANCH, CHAIN, OFF, Settings
+from idlm_sglang.engine.lora import Gate, LoraLinear
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
@@ -31,7 +32,16 @@ def fake_worker(device, logits, salvage):
     worker.counts = TokenCounts(SLOTS, VOCAB, device)
     worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
     out = SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits), can_run_cuda_graph=False, expert_distribution_metrics=None)
-    worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: out)
+    worker.gate = Gate(adapted=True)
+    worker.gate.reserve(SLOTS * K, device)
+    adapter = LoraLinear(torch.zeros(2, 8, device=device), [torch.zeros(VOCAB, 2, device=device)])
+
+    def forward(**_):
+        assert worker.gate.rows.shape == (BATCH * K,), "as many gated rows as batch size and stride say, whatever the drafts"
+        adapter.add_(logits, torch.zeros(len(logits), 8, device=device), worker.gate.rows)
+        return out
+
+    worker._target_worker = SimpleNamespace(forward_batch_generation=forward)
     return worker
 
 

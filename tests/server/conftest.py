@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from idlm_sglang.demo import RISD_ADAPTER_DIR, RISD_BASE_DIR
 from tests.server.harness import CHECKPOINT, Server
 
 # What a server needs to be asked for everything a request can ask for.
@@ -98,7 +99,19 @@ def _isd_tight(logs):
     return Server("isd_tight", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env)
 
 
-_SHARED = {"ar": _ar, "isd": _isd, "isd_sync": _isd_sync, "isd_rejection": _isd_rejection, "isd_tight": _isd_tight}
+def _risd_ar(logs):
+    """The embedded AR base in SGLang's own class: the reference of R-ISD."""
+    return Server("risd_ar", str(RISD_BASE_DIR), logs, "--disable-overlap-schedule")
+
+
+def _risd(logs):
+    """The embedded AR base with its gated adapter: prompts in chunks of 64 whose forwards take decode steps along, answers checked by the server itself."""
+    env = {"IDLM_LORA": str(RISD_ADAPTER_DIR), "IDLM_MAX_STRIDE": "8", "SGLANG_IS_IN_CI": "1", "IDLM_SELFCHECK": "0.05"}
+    flags = ["--enable-metrics", "--chunked-prefill-size", "64", "--disable-overlap-schedule"]
+    return Server("risd", str(RISD_BASE_DIR), logs, "--speculative-algorithm", "ISD", *flags, env=env)
+
+
+_SHARED = {"ar": _ar, "isd": _isd, "isd_sync": _isd_sync, "isd_rejection": _isd_rejection, "isd_tight": _isd_tight, "risd_ar": _risd_ar, "risd": _risd}
 
 
 def _shared(name):
@@ -116,4 +129,4 @@ def _shared(name):
     return pytest.fixture(scope="session", name=name)(fixture)
 
 
-ar, isd, isd_sync, isd_rejection, isd_tight = map(_shared, ("ar", "isd", "isd_sync", "isd_rejection", "isd_tight"))
+ar, isd, isd_sync, isd_rejection, isd_tight, risd_ar, risd = map(_shared, _SHARED)

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from idlm_sglang.demo import CHECKPOINT_DIR
+
+from tests.adapters import key, write_adapter
 
 from .refusals import CASES
 
@@ -37,6 +40,11 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     make("mask_outside", {"mask_token_id": 5000})
     make("published", {"architectures": ["SDARForCausalLM"], "model_type": "sdar"})
     make("llama", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    made["adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR)
+    made["mask_4_adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR, mask_token_id=4)
+    made["maskless_adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR, mask_token_id=None)
+    made["nan_adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR, change=lambda w: w[key(1, "v_proj", "B")].fill_(float("nan")))
+    made["deeper_adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR, change=lambda w: w.update({key(9, "v_proj", "A"): torch.zeros(2, 256)}))
     return made
 
 
@@ -46,7 +54,7 @@ def sglang_says(checkpoints) -> dict:
     cases = [
         {
             "argv": ["--model-path", checkpoints.get(case.model, case.model), "--speculative-algorithm", "ISD", *case.argv],
-            "environ": case.environ,
+            "environ": {name: checkpoints.get(value, value) for name, value in case.environ.items()},
             "stock": case.stock,
         }
         for case in CASES

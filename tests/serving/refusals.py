@@ -92,6 +92,14 @@ CASES = (
     Case((), ("architectures ['LlamaForCausalLM']", "; allowed: IDLMForCausalLM"), model="llama"),
     Case((), ("--model-path /no/such/model cannot be read", "; allowed: "), model="/no/such/model", stock=False),
     Case((), ("--model-path no-such-owner/model cannot be read", "; allowed: "), model="no-such-owner/model", stock=False),
+    # Adapters; the paths are names in the `checkpoints` fixture.
+    Case((), ("IDLM_LORA=/no/such is not a directory", "; allowed: "), environ={"IDLM_LORA": "/no/such"}),
+    Case((), ("layer 1: lora_B of v_proj holds NaN", "; allowed: finite weights"), environ={"IDLM_LORA": "nan_adapter"}),
+    Case((), ("the base model has 4 layers", "; allowed: an adapter made for this base"), environ={"IDLM_LORA": "deeper_adapter"}),
+    Case((), ("the adapter says MASK is 4, the base model's config.json 3", "; allowed: "), environ={"IDLM_LORA": "mask_4_adapter"}),
+    Case((), ("names no MASK token", "(nor in an adapter's)"), environ={"IDLM_LORA": "maskless_adapter"}, model="without_mask"),
+    Case(("--enable-lora",), ("--enable-lora True", "; allowed: off"), environ={"IDLM_LORA": "adapter"}),
+    Case(("--speculative-algorithm", "NGRAM"), ("IDLM_LORA=", "--speculative-algorithm NGRAM", "; allowed: --speculative-algorithm ISD"), environ={"IDLM_LORA": "adapter"}),
     # What this machine lacks.
     Case(("--device", "cuda"), ("--device cuda", "; allowed: cpu"), cpu_only=True),
     Case(("--attention-backend", "flashinfer"), ("--attention-backend flashinfer", "; allowed: torch_native"), cpu_only=True),

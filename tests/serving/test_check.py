@@ -6,7 +6,7 @@ from idlm_sglang import demo
 from idlm_sglang.config import SettingError
 from idlm_sglang.serving import check
 
-ITEMS = ("python", "sglang", "prometheus", "checkpoint", "port", "disk", "memory", "shared memory", "entry points", "torch", "hooks", "platform")
+ITEMS = ("python", "sglang", "prometheus", "checkpoint", "port", "disk", "memory", "shared memory", "entry points", "torch", "adapter", "hooks", "platform")
 
 
 def test_every_item_has_one_line_and_this_environment_can_serve(sglang_says):

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from idlm_sglang.config import SettingError
-from idlm_sglang.demo import CHECKPOINT_DIR
+from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
 from idlm_sglang.serving import cli, options
 from idlm_sglang.serving.ports import check_port
 
@@ -77,6 +77,21 @@ def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 
 
+def test_an_adapter_travels_in_the_environment(checkpoint):
+    got = launch(checkpoint, "--idlm-lora", checkpoint)
+    assert got.environ == {"IDLM_LORA": checkpoint}
+    assert got.in_typed_words(f"idlm: IDLM_LORA={checkpoint}: rank r = 0") == f"idlm: --idlm-lora={checkpoint}: rank r = 0"
+
+
+def test_the_embedded_pair_is_a_base_and_its_adapter_and_with_ar_the_base_alone():
+    got = launch("--demo", "risd")
+    assert got.argv[:6] == ("--model-path", str(RISD_BASE_DIR), "--dtype", "float32", "--served-model-name", "risd-demo")
+    assert got.environ == {"IDLM_LORA": str(RISD_ADAPTER_DIR)} and "--speculative-algorithm" in got.argv
+    plain = launch("--demo", "risd", "--ar")
+    assert plain.argv[1] == str(RISD_BASE_DIR) and plain.environ == {}
+    assert launch("--demo", "idlm").argv == launch().argv
+
+
 def test_metrics_can_be_left_out():
     assert "--enable-metrics" not in launch("--no-metrics").argv
 
@@ -108,6 +123,11 @@ def test_the_address_is_one_a_client_can_use(host, address):
         (["--sampling-rule", "exact"], "--sampling-rule exact is not known; allowed: coupled, rejection"),
         (["--salvage", "on"], "--salvage on is not known; allowed: auto, branch, chain, off"),
         (["--ar", "--salvage", "off"], "--salvage off has no meaning with --ar"),
+        (["--idlm-lora", "/no/such"], "--idlm-lora /no/such is not a directory; allowed: the directory of an adapter"),
+        (["--ar", "--idlm-lora", "/tmp"], "--idlm-lora /tmp has no meaning with --ar"),
+        (["--idlm-lora", "/tmp", "--speculative-algorithm", "EAGLE"], "--idlm-lora /tmp has no meaning with --speculative-algorithm EAGLE; allowed: "),
+        (["--demo", "other"], "--demo other is not known; allowed: idlm, risd"),
+        (["/tmp", "--demo", "risd"], "--demo risd and the model /tmp were both named; allowed: one of them"),
         (["--selfcheck", "1.5"], "--selfcheck 1.5 is not valid; allowed: a share from 0 (off) to 1"),
         (["--selfcheck", "x"], "--selfcheck x is not valid; allowed: a share from 0 (off) to 1"),
         (["--ar", "--selfcheck", "0"], "--selfcheck 0 has no meaning with --ar"),

@@ -20,6 +20,7 @@ RESOLVED = {
     "auto": False,
     "max_stride": 8,
     "rule": "coupled",
+    "lora": None,
     "concurrency": 64,
     "device": "NVIDIA H200, 140 GiB",
     "platform": "CudaSRTPlatform",
