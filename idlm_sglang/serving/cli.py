@@ -70,7 +70,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,migrate,bench,eval}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,check,replay,migrate,bench,eval,parity}")
 
     serve = commands.add_parser(
         "serve",
@@ -115,6 +115,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     # Listed for the help alone: what follows is read by the commands' own modules.
     commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
     commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
+    commands.add_parser("parity", help="the same requests to two servers: are the answers the same?", add_help=False)
     return top, serve
 
 
@@ -132,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from idlm_sglang.quality.command import main as evaluate
 
         return evaluate(words[1:], _Parser)
+    if words[:1] == ["parity"]:
+        from idlm_sglang.parity.command import main as compare
+
+        return compare(words[1:], _Parser)
     own = top.parse_args(words)
     if own.version:
         from idlm_sglang.serving.summary import versions
