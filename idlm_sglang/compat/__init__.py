@@ -46,6 +46,7 @@ from idlm_sglang.compat.start import (
     refuse_before_resolution,
     room_for_strides,
     serve_as_idlm,
+    without_secrets,
 )
 from idlm_sglang.config import SettingError
 
@@ -99,6 +100,7 @@ PATCHES = (
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
+    Patch(_SRT + "entrypoints.engine._server_args_for_logging", "AFTER", without_secrets),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),

@@ -117,7 +117,7 @@ def blows() -> Iterator[Blow]:
     yield Blow("generate: a number", post(GENERATE, b"7"))
     # Numbers at the edge.
     for name, value in {"temperature": 1e308, "temperature ": 1e-308, "top_p": 1e-300, "min_p": 1.0, "top_k": 2**31, "top_k ": 2**63, "top_k  ": -(2**63)}.items():
-        yield native(f"{name.strip()} {value:g}", temperature=1.0, **{name.strip(): value})
+        yield native(f"{name.strip()} {value:g}", **{"temperature": 1.0} | {name.strip(): value})
     yield native("repetition_penalty 0", repetition_penalty=0)
     yield native("repetition_penalty 1e-300", repetition_penalty=1e-300)
     yield native("a seed of 2^64", sampling_seed=2**64, temperature=1.0)
