@@ -33,12 +33,13 @@ from idlm_sglang.compat.figures import (
 from idlm_sglang.compat.requests import (
     admit,
     attach_seeds,
+    few_choices,
     penalties_in_order,
     refuse_in_http,
     scores_without_generating,
     token_keyed_sampler,
 )
-from idlm_sglang.compat.reserve import allocate_in_use, need_in_use, reserve_in_use, room_for_masks
+from idlm_sglang.compat.reserve import allocate_in_use, chunk_that_fits, need_in_use, reserve_in_use, room_for_masks
 from idlm_sglang.compat.start import (
     model_class_on_demand,
     packed_anew,
@@ -93,6 +94,7 @@ PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AFTER", reserve_in_use),
     Patch(_SRT + "speculative.spec_utils.spec_prepare_for_decode", "AROUND", allocate_in_use),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2", "AROUND", need_in_use),
+    Patch(_SRT + "mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", "AROUND", chunk_that_fits),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
     Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
     Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
@@ -104,6 +106,7 @@ PATCHES = (
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
+    Patch(_SRT + "managers.io_struct.GenerateReqInput._handle_parallel_sampling", "AFTER", few_choices),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", room_for_masks),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),

@@ -158,7 +158,7 @@ def scores(pairs: Sequence[Pair]) -> Finding:
     known = [pair for pair in pairs if pair.ask.expected is not None]
     if not known:
         return Finding("score", None, "no request of the file says what is expected")
-    right = [[float(any(pair.ask.expected in text for text in side)) for pair in known] for side in zip(*(pair.texts() for pair in known))]
+    right = [[float(any(pair.ask.expected in text for text in pair.texts()[side])) for pair in known] for side in (0, 1)]
     found = difference(right[1], right[0])
     shares = [score(values) for values in right]
     line = (

@@ -58,6 +58,7 @@ def test_ar_and_isd_are_at_parity(ar, isd, tmp_path, capsys):
     code, out = compared(capsys, ar.url, isd.url, "--out", str(tmp_path))
     assert code == 0 and out.splitlines()[-1] == "idlm: parity"
     assert "seeded answers are compared token by token" in out.lower() and "0 different" in out
+    assert "100.0 % right on the baseline, 100.0 % on the candidate, of 6" in out
     found = json.loads((tmp_path / "report.json").read_text())
     words = {each["name"]: each["passed"] for each in found["findings"]}
     assert words == {"greedy": True, "seeded": True, "sampled": True, "score": True, "fields": True, "errors": True, "speed": None}

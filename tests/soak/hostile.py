@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from tests.server.parity.cases import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
+from tests.server.parity.cases import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES, token
 from tests.soak.served import Served
 
 SECONDS = 60.0
@@ -96,6 +96,8 @@ def blows() -> Iterator[Blow]:
     yield chat("n of 10^12", n=10**12)
     yield complete("best_of 10^9", best_of=10**9)
     yield native("n of 10^9", n=10**9)
+    yield native("n of 1.5", n=1.5)
+    yield native("n of text", n="4")
     yield native("10^12 new tokens", max_new_tokens=10**12)
     yield chat("10^30 tokens", max_tokens=10**30)
     yield chat("10^9 log-probabilities", logprobs=True, top_logprobs=10**9)
@@ -195,6 +197,8 @@ def blows() -> Iterator[Blow]:
     yield Blow("tokenize 4 MB", post("/v1/tokenize", {"model": "m", "prompt": "a b " * 10**6}))
     yield Blow("detokenize what is none", post("/v1/detokenize", {"model": "m", "tokens": [10**9, -5]}))
     yield Blow("abort of nobody", post("/abort_request", {"rid": ""}))
+    # The scheduler itself looks for the expression, and nothing ends that.
+    yield native("a stop expression that never comes to an end", stop_regex="(a+)+b", max_new_tokens=60, logit_bias={str(token("a")): 100.0})
     # On the wire.
     yield Blow("a body that never ends", raw(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"))
     yield Blow("a chunk of a negative size", raw(b"POST /generate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc\r\n"))

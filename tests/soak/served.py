@@ -13,6 +13,7 @@ import requests
 from tests.server.harness import CHECKPOINT, Server
 
 STOP_SECONDS = 60
+MOST_BYTES = 6 * 2**30  # of data of each process; the scheduler has 3.9 GB at rest
 ROLES = {"sglang::scheduler": "scheduler", "sglang::detokenizer": "detokenizer", "idlm_sglang.serving.server": "http", "idlm_sglang.serving.cli": "launcher"}
 
 
@@ -25,7 +26,8 @@ class Served(Server):
         self.url = f"http://127.0.0.1:{self.port}"
         self.server_log = logs / f"{name}.server.log"
         words = ["serve", model, "--port", str(self.port), "--sleep-on-idle", "--log-file", str(self.server_log), *flags]
-        self.command = [sys.executable, "-m", "idlm_sglang.serving.cli", *words, *(["--api-key", key] if key else [])]
+        # A request that makes a process take all memory shall end that process, and not this machine.
+        self.command = ["prlimit", f"--data={MOST_BYTES}", sys.executable, "-m", "idlm_sglang.serving.cli", *words, *(["--api-key", key] if key else [])]
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def post(self, path: str, body, **kwargs) -> requests.Response:
