@@ -13,7 +13,6 @@ import pytest
 import requests
 
 from idlm_sglang.demo import CHECKPOINT_DIR
-from tests.server.harness import free_port
 from tests.soak.served import Served
 
 STREAM = {"text": "river stone", "sampling_params": {"temperature": 0, "max_new_tokens": 2500, "ignore_eos": True}, "stream": True}
@@ -113,39 +112,32 @@ def test_sigterm_lets_every_stream_finish(soak_logs):
 CODE = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
 
-@pytest.mark.parametrize("format", ["pickle", "pickle beside safetensors", "remote code"])
-def test_a_checkpoint_runs_no_code(soak_logs, tmp_path, format):
-    """A pickled checkpoint is refused; one beside safetensors is not read; code named by auto_map is not run, trusted or not."""
+@pytest.mark.parametrize("weights", ["pickled", "safetensors"])
+def test_a_checkpoint_runs_no_code(soak_logs, tmp_path, weights):
+    """A pickled checkpoint is refused; a pickle beside safetensors is not read; code named by auto_map is not run, though trusted."""
     import torch
 
-    mark = tmp_path / "ran"
-    model = tmp_path / "model"
+    mark, model = tmp_path / "ran", tmp_path / "model"
     shutil.copytree(CHECKPOINT_DIR, model)
-    flags = []
-    if format.startswith("pickle"):
 
-        class Runs:
-            def __reduce__(self):
-                return os.system, (f"touch {mark}",)
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
 
-        torch.save({"model.embed_tokens.weight": Runs()}, model / "pytorch_model.bin")
-        if format == "pickle":
-            (model / "model.safetensors").unlink()
-    else:
-        (model / "modeling_evil.py").write_text(CODE.format(mark=str(mark)) + "class Config: ...\nclass Model: ...\n")
-        config = json.loads((model / "config.json").read_text())
-        config |= {"architectures": ["SDARForCausalLM"], "model_type": "sdar"}
-        config["auto_map"] = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model", "AutoModel": "modeling_evil.Model"}
-        (model / "config.json").write_text(json.dumps(config))
-        flags = ["--trust-remote-code"]
-    server = Served(format.replace(" ", "-"), soak_logs, *flags, "--dtype", "float32", model=str(model), port=free_port())
-    if format == "pickle":
-        done = subprocess.run(server.command, env=server.env, capture_output=True, text=True, timeout=240)
-        print(done.stderr)
+    torch.save({"model.embed_tokens.weight": Runs()}, model / "pytorch_model.bin")
+    (model / "modeling_evil.py").write_text(CODE.format(mark=str(mark)) + "class Config: ...\nclass Model: ...\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": ["SDARForCausalLM"], "model_type": "sdar"}
+    config["auto_map"] = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model", "AutoModel": "modeling_evil.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    if weights == "pickled":
+        (model / "model.safetensors").unlink()
+    server = Served(f"code-{weights}", soak_logs, "--trust-remote-code", "--dtype", "float32", model=str(model))
+    if weights == "pickled":
+        done = subprocess.run(server.command, env=server.env, capture_output=True, text=True, timeout=300)
+        print(done.stderr[-600:])
         assert done.returncode != 0
     else:
         with server:
             assert server.answers()
     assert not mark.exists(), "the checkpoint's code ran"
-
-
