@@ -35,7 +35,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, part, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "7", '{"messages": []}', '{"prompt": 5}', '{"path": "/nowhere", "request": {}}', '{"path": "/generate", "request": {}, "frob": 1}', '{"prompt": "a", "expected": 4}', ""]
+    "line",
+    ["{", "7", '{"messages": []}', '{"prompt": 5}', '{"path": "/nowhere", "request": {}}', '{"path": "/generate", "request": {}, "frob": 1}', '{"prompt": "a", "expected": 4}', ""]
 )
 def test_a_line_that_is_no_request_is_named(tmp_path, line):
     file = tmp_path / "requests.jsonl"

@@ -19,7 +19,10 @@ STOCK = {"SGLANG_PLUGINS": "idlm_cpu"}
 # What stock SGLang 0.5.23 falls to, and a server with this plugin too, by name; docs/soak.md says so.
 STOCK_FALLS: set[str] = set()
 # Not for strangers' random bodies: they end the server, stop it, change its weights or write files. All are behind the key.
-NOT_FUZZED = "shutdown|pause|continue_generation|release_memory|resume_memory|update_|weights|lora|profile|session|configure_logging|expert_distribution|slow_down|set_internal_state|dump|freeze|hicache"
+NOT_FUZZED = (
+    "shutdown|pause|continue_generation|release_memory|resume_memory|update_|weights|lora|profile|session|configure_logging|"
+    "expert_distribution|slow_down|set_internal_state|dump|freeze|hicache"
+)
 
 
 def chosen() -> list[Blow]:
