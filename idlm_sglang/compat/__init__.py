@@ -35,12 +35,13 @@ from idlm_sglang.compat.live import add_live_page
 from idlm_sglang.compat.requests import (
     admit,
     attach_seeds,
+    few_choices,
     penalties_in_order,
     refuse_in_http,
     scores_without_generating,
     token_keyed_sampler,
 )
-from idlm_sglang.compat.reserve import allocate_in_use, need_in_use, reserve_in_use, room_for_masks
+from idlm_sglang.compat.reserve import allocate_in_use, chunk_that_fits, need_in_use, reserve_in_use, room_for_masks
 from idlm_sglang.compat.start import (
     model_class_on_demand,
     packed_anew,
@@ -48,6 +49,7 @@ from idlm_sglang.compat.start import (
     refuse_before_resolution,
     room_for_strides,
     serve_as_idlm,
+    without_secrets,
 )
 from idlm_sglang.config import SettingError
 
@@ -94,6 +96,7 @@ PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AFTER", reserve_in_use),
     Patch(_SRT + "speculative.spec_utils.spec_prepare_for_decode", "AROUND", allocate_in_use),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2", "AROUND", need_in_use),
+    Patch(_SRT + "mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", "AROUND", chunk_that_fits),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
     Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
     Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
@@ -101,9 +104,11 @@ PATCHES = (
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
+    Patch(_SRT + "entrypoints.engine._server_args_for_logging", "AFTER", without_secrets),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),
     Patch(_TOKENIZER + "._create_tokenized_object", "AFTER", refuse_in_http),
+    Patch(_SRT + "managers.io_struct.GenerateReqInput._handle_parallel_sampling", "AFTER", few_choices),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", room_for_masks),
     Patch(_SRT + "managers.scheduler.Scheduler.run_batch", "AROUND", decode_beside_prefill),
     Patch(_SRT + "managers.scheduler.Scheduler.process_batch_result", "AROUND", finish_both),

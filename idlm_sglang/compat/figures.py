@@ -1,6 +1,7 @@
 """What is counted and reported, the self-check, and the stride that can be changed while serving."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 from idlm_sglang.compat.running import is_isd
@@ -174,12 +175,13 @@ def stride_handler(handlers: dict, state) -> dict | None:
 
 
 def state_report(_, state, report: dict) -> None:
-    """What: ``/server_info`` shows the ISD counters under ``idlm``.
-    Why: they are what an operator asks first.
+    """What: ``/server_info`` shows this plugin's version and the ISD counters under ``idlm``.
+    Why: they are what an operator asks first; and whose sampler a seed belongs to is not to be seen otherwise.
     Guard: the hook applied; a test reads it.
     Goes when: SGLang lets a worker contribute state.
     """
     worker = state.scheduler.draft_worker
+    report["idlm"] = {"version": version("idlm-sglang")}
     if is_isd() and worker.metrics is not None:
         totals = worker.metrics.totals.as_dict()
         strides = {"stride": worker.stride, "max_stride": worker.settings.max_stride, "auto": worker.auto}
@@ -188,6 +190,6 @@ def state_report(_, state, report: dict) -> None:
             strides["controller"] = worker.control.as_dict()
         load = {"running": len(state.scheduler.running_batch.reqs), "queued": len(state.scheduler.waiting_queue)}
         seconds = {phase: round(total, 6) for phase, total in worker.phases.seconds.items()}
-        report["idlm"] = {**strides, **totals, **load, "step_seconds": seconds, "timed_steps": worker.phases.steps}
+        report["idlm"] |= {**strides, **totals, **load, "step_seconds": seconds, "timed_steps": worker.phases.steps}
         if totals["tokens_per_forward"] is not None:
             report["avg_spec_accept_length"] = totals["tokens_per_forward"]

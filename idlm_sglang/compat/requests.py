@@ -8,13 +8,20 @@ from idlm_sglang.config import ALGORITHM
 
 def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
     """What: after ``TokenizerManager._create_tokenized_object`` admission may refuse the request, as SGLang refuses bad ones.
-    Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200.
+    Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200. Token ids outside the vocabulary and
+    more candidates per token than it has are refused in AR serving, too: SGLang's scheduler ends itself over them.
     Guard: the hook applied; refusals are tested streamed and not.
     Goes when: with the hook above.
     """
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    if not is_isd() or not isinstance(obj, GenerateReqInput):
+    if not isinstance(obj, GenerateReqInput):
+        return
+    from idlm_sglang.engine.admission import outside_vocabulary
+
+    if outside := outside_vocabulary(tokenized, manager.model_config.vocab_size):
+        raise ValueError(outside)
+    if not is_isd():
         return
     from idlm_sglang.config import handed_down
     from idlm_sglang.engine.admission import refusal
@@ -30,6 +37,20 @@ def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
             manager.idlm_requests = requests_counter({"model_name": manager.served_model_name, "dp_rank": ""})
         manager.idlm_requests(mode=REFUSED, reason=reason).inc()
     raise ValueError(message)
+
+
+def few_choices(_, obj, *__, **___) -> None:
+    """What: after ``GenerateReqInput._handle_parallel_sampling`` a request for more than ``MAX_CHOICES`` choices is refused.
+    Why: SGLang makes some twenty lists of n entries before it looks at anything, so that ``n`` of 10^9 takes more memory than
+    the machine has; and 10^5 choices, once queued, are in everyone's way.
+    Guard: the hook applied; a test asks for too many, in AR serving, too.
+    Goes when: SGLang limits n.
+    """
+    from idlm_sglang.engine.admission import MAX_CHOICES
+
+    n = obj.parallel_sample_num
+    if isinstance(n, (int, float)) and n > MAX_CHOICES:
+        raise ValueError(f"n={n} is out of range; allowed: up to {MAX_CHOICES}")
 
 
 def admit(scheduler, req, is_retracted: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""KV is reserved for the stride in use, not for the largest."""
+"""KV is reserved for the stride in use, not for the largest; and a chunk takes what there is."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -61,3 +61,18 @@ def room_for_masks(_, batch) -> None:
 
     with _for(batch.reqs, batch.enable_overlap):
         reserve(batch)
+
+
+def chunk_that_fits(original: Callable, budget, chunk_limit: int) -> int | None:
+    """What: ``PrefillBudget.available_chunk_tokens``, the size of a prompt's next chunk, is at most what the pool has left; with nothing
+    left the prompt waits, as SGLang lets one wait whose sliding-window pool is full.
+    Why: where the running requests are expected to take the rest of the pool SGLang makes the chunk as long as it may be, free slots or
+    not, and its allocation then ends the scheduler. In AR serving, too.
+    Guard: the hook applied; a test on SGLang's own class; `make soak` runs into it.
+    Goes when: SGLang bounds the chunk of a full pool.
+    """
+    found = original(budget, chunk_limit)
+    if found is None:
+        return None
+    room = int(budget._available_and_evictable()) // budget.page_size * budget.page_size
+    return min(found, room) if room > 0 else None

@@ -84,6 +84,18 @@ def refuse_before_resolution(server_args) -> None:
         raise SettingError(f"IDLM_LORA={os.environ['IDLM_LORA']} has no meaning with --speculative-algorithm {server_args.speculative_algorithm}; allowed: {allowed}")
 
 
+_SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
+
+
+def without_secrets(result: dict, *_, **__) -> dict:
+    """What: the arguments that SGLang writes into its log at start have no keys in them.
+    Why: at log level info they are written whole, ``--api-key`` in clear, wherever the log goes.
+    Guard: the hook applied; a test looks for the key in the log.
+    Goes when: ``_server_args_for_logging`` hides the keys, as it hides those of watermarks.
+    """
+    return {**result, **{name: "***" for name in _SECRETS if result.get(name)}}
+
+
 def page_table_in_torch(*args, **kwargs) -> None:
     """What: ``assign_req_to_token_pool_func`` is torch indexing on the CPU platform.
     Why: off SGLang's own CPU engine it launches a Triton kernel, on every speculative decode step.

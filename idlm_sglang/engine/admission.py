@@ -18,6 +18,8 @@ from idlm_sglang.engine.trace import TRACE_PARAM
 
 logger = logging.getLogger(__name__)
 
+# Choices of one prompt; OpenAI's own limit is 128.
+MAX_CHOICES = 1024
 _TOP_K_MAX = 2**31 - 1
 # A bias beyond this turns into inf or NaN when a logit or 1 / temperature is applied in float32.
 _BIAS_MAX = 1e30
@@ -53,6 +55,21 @@ def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
     if trace is not None and not isinstance(trace, bool):
         return "trace", f"custom_params.{TRACE_PARAM}={trace!r} is not valid; allowed: true, false"
     return None
+
+
+def outside_vocabulary(req, size: int) -> str:
+    """What a request names that the vocabulary of ``size`` tokens has not, or nothing.
+
+    Args:
+        req: SGLang's ``TokenizedGenerateReqInput``. Media stand in it as ids of their own, beyond the vocabulary.
+    """
+    if req.return_logprob and req.top_logprobs_num > size:
+        return f"{req.top_logprobs_num} candidates per token are asked for; allowed: up to {size}, the size of the vocabulary"
+    if req.input_ids and req.mm_inputs is None:
+        for token in (min(req.input_ids), max(req.input_ids)):
+            if not 0 <= token < size:
+                return f"token {token} is not in the vocabulary; allowed: 0 to {size - 1}"
+    return ""
 
 
 def refusal(req, settings: Settings) -> tuple[str, str] | None:

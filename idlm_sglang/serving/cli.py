@@ -71,7 +71,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     style = argparse.RawDescriptionHelpFormatter
     top = _Parser(prog="idlm", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=style, allow_abbrev=False)
     top.add_argument("--version", action="store_true", help="print the versions in use and exit")
-    commands = top.add_subparsers(dest="command", metavar="{serve,convert,check,replay,migrate,bench,eval}")
+    commands = top.add_subparsers(dest="command", metavar="{serve,convert,check,replay,migrate,bench,eval,parity}")
 
     serve = commands.add_parser(
         "serve",
@@ -121,6 +121,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     commands.add_parser("convert", help="train an adapter for an AR model, or an I-DLM from it", add_help=False)
     commands.add_parser("bench", help="compare servers of one checkpoint under load", add_help=False)
     commands.add_parser("eval", help="compare endpoints on lm-eval's benchmarks", add_help=False)
+    commands.add_parser("parity", help="the same requests to two servers: are the answers the same?", add_help=False)
     return top, serve
 
 
@@ -142,6 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from idlm_sglang.quality.command import main as evaluate
 
         return evaluate(words[1:], _Parser)
+    if words[:1] == ["parity"]:
+        from idlm_sglang.parity.command import main as compare
+
+        return compare(words[1:], _Parser)
     own = top.parse_args(words)
     if own.version:
         from idlm_sglang.serving.summary import versions

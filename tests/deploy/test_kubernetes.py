@@ -11,11 +11,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from idlm_sglang.parity import options as parity_options
 from idlm_sglang.serving import cli, options
 from tests.deploy.tools import DEPLOY, KUBERNETES, passes, thorough
 
 OLDEST, NEWEST = "1.33", "1.37"
-BUILT = ["base", "gate", *(f"overlays/{path.name}" for path in sorted((KUBERNETES / "overlays").iterdir()))]
+BUILT = ["base", "gate", "gate-canary", *(f"overlays/{path.name}" for path in sorted((KUBERNETES / "overlays").iterdir()))]
 # Kinds that Kubernetes does not know by itself, checked against their definitions where IDLM_CRDS holds those.
 CUSTOM = {"PodMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute"}
 PLAIN = [
@@ -113,7 +114,7 @@ class TestBuilt:
 
     def test_what_is_selected_is_there(self, name):
         built = build(name)
-        if name == "gate":
+        if name.startswith("gate"):
             return
         labels = {owner: pod["metadata"]["labels"] for owner, pod in pods(built).items()}
         selecting = {
@@ -212,13 +213,19 @@ def test_sglang_and_the_router_know_every_flag():
             assert parsed.service_discovery and parsed.health_check_endpoint == "/ready" and parsed.service_discovery_namespace == "idlm"
 
 
-def test_the_replayed_log_is_asked_of_the_arm_at_one_token_per_step():
-    (job,) = pods(build("gate")).values()
-    url = next(word for word in job["spec"]["containers"][0]["command"] if word.startswith("http://"))
-    host = re.match(r"http://([\w-]+):30000$", url)[1]
-    canary = build("overlays/canary")
-    selector = canary["Service", host]["spec"]["selector"]
-    (arm,) = {pod["metadata"]["labels"]["arm"] for pod in pods(canary).values() if matches(selector, pod["metadata"]["labels"])}
-    assert arm == "ar"
-    policy = canary["NetworkPolicy", "idlm-server"]["spec"]["ingress"][0]["from"][0]["podSelector"]["matchExpressions"][0]
-    assert job["metadata"]["labels"][policy["key"]] in policy["values"]
+@pytest.mark.parametrize("gate, stage", [("gate", "overlays/mirror"), ("gate-canary", "overlays/canary")])
+def test_the_gate_compares_the_candidate_with_the_arm_at_one_token_per_step(gate, stage):
+    (job,) = pods(build(gate)).values()
+    (container,) = job["spec"]["containers"]
+    assert container["command"] == ["idlm", "parity"]
+    plan = parity_options.resolve(parity_options.parser().parse_args(container["args"]))
+    arms = {}
+    for side, url in (("baseline", plan.baseline), ("candidate", plan.candidate)):
+        host = re.match(r"http://([\w-]+):30000$", url)[1]
+        built = build(stage)
+        selector = built["Service", host]["spec"]["selector"]
+        (arms[side],) = {pod["metadata"]["labels"]["arm"] for pod in pods(built).values() if matches(selector, pod["metadata"]["labels"])}
+        policies = [d["spec"] for (kind, _), d in built.items() if kind == "NetworkPolicy" and matches(d["spec"]["podSelector"]["matchLabels"], selector)]
+        expressions = [e for p in policies for rule in p["ingress"] for peer in rule.get("from", []) for e in peer.get("podSelector", {}).get("matchExpressions", [])]
+        assert any(job["metadata"]["labels"][e["key"]] in e["values"] for e in expressions), f"{host} does not let the gate in"
+    assert arms == {"baseline": "ar", "candidate": "isd"}

@@ -127,3 +127,36 @@ def test_a_property_that_is_none_any_more_is_an_error(monkeypatch):
     monkeypatch.setattr(compat, "patches", lambda: (wrong,))
     with pytest.raises(SettingError, match="Req.finished is no property any more"):
         compat.register_patches()
+
+
+class Pool:
+    """As much of an allocator and of a prefix cache as a budget asks for."""
+
+    def __init__(self, free: int, evictable: int, page: int):
+        self.page_size, self._free, self._evictable = page, free, evictable
+
+    def available_size(self):
+        return self._free
+
+    def evictable_size(self):
+        return self._evictable
+
+    def supports_mamba(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    "free, evictable, page, expected, chunk",
+    [(6, 0, 1, 500, 6), (6, 4, 1, 500, 10), (0, 0, 1, 500, None), (40, 0, 16, 500, 32), (300, 0, 1, 0, 256), (300, 0, 1, 100, 200), (5, 0, 16, 500, None)],
+)
+def test_a_chunk_is_no_longer_than_what_the_pool_has_left(free, evictable, page, expected, chunk):
+    """``expected``: tokens that running requests are expected to take; SGLang then offers the full 256, free or not."""
+    from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+
+    from idlm_sglang.compat.reserve import chunk_that_fits
+
+    pool = Pool(free, evictable, page)
+    budget = PrefillBudget(pool, pool, num_mixed_decode_tokens=expected)
+    original = vars(PrefillBudget)["available_chunk_tokens"]
+    original = getattr(original, "__wrapped__", original)
+    assert chunk_that_fits(original, budget, 256) == chunk

@@ -43,7 +43,7 @@ BAD = {
         native(min_new_tokens=9), native(min_new_tokens=-1), chat(frequency_penalty=2.5), complete(presence_penalty="much"), respond(repetition_penalty=5.0),
     ],
     "logit_bias": [native(logit_bias={"99999": 1.0}), chat(logit_bias={"-1": 1.0}), complete(logit_bias={"a": 1.0}), complete(logit_bias=[1])],
-    "logprobs": [chat(top_logprobs=3), chat(logprobs=True, top_logprobs=-1), complete(logprobs="many"), respond(top_logprobs=3, include=["nothing"])],
+    "logprobs": [chat(top_logprobs=3), chat(logprobs=True, top_logprobs=-1), chat(logprobs=True, top_logprobs=10**6), complete(logprobs=10**6), complete(logprobs="many"), respond(top_logprobs=3, include=["nothing"])],
     "grammar": [
         native(regex="("), native(json_schema="{"), native(ebnf="root ="), native(regex="a", ebnf='root ::= "a"'),
         chat(response_format={"type": "json_schema"}), chat(response_format={"type": "poem"}), complete(regex="[z-a]"),
@@ -54,10 +54,12 @@ BAD = {
     ],
     "stops": [native(stop=[1]), native(stop_regex="("), chat(stop=["a"] * 40), chat(max_tokens=0), complete(max_tokens=-2), native(max_new_tokens=10**6)],
     "batches": [
+        native(n=1025), chat(n=5000), complete(n=10**9),
         (GENERATE, {"input_embeds": [[0.0] * 256] * 3, "sampling_params": {"max_new_tokens": 2}}),
         (GENERATE, {"input_embeds": [[[0.0] * 256] * 3] * 2, "sampling_params": {"max_new_tokens": 2}}),
         (GENERATE, {"text": "a", "input_ids": [5], "sampling_params": {}}), (GENERATE, {"sampling_params": {}}),
-        (GENERATE, {"input_ids": [], "sampling_params": {}}), (GENERATE, {"input_ids": [5] * 5000, "sampling_params": {}}),
+        (GENERATE, {"input_ids": [], "sampling_params": {}}), (GENERATE, {"input_ids": [5, -1], "sampling_params": {}}),
+        (GENERATE, {"input_ids": [10**6], "sampling_params": {}}), complete(prompt=[5, 10**6]), (GENERATE, {"input_ids": [5] * 5000, "sampling_params": {}}),
         native(n=0), chat(n=0), complete(prompt=[]), complete(prompt=None), complete(prompt="word " * 5000), chat(messages=[]),
     ],
     "custom_processors": [chat(custom_logit_processor=7), (GENERATE, {"text": "a", "custom_logit_processor": 7, "sampling_params": {"max_new_tokens": 2}})],
