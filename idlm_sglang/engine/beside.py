@@ -5,6 +5,8 @@ forwards, so that prompts come between them more often than in AR. Where the ove
 go through one forward: the decode step's follow the prompts' as so many more requests that extend their own columns.
 """
 
+from contextlib import contextmanager
+
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -13,7 +15,6 @@ from idlm_sglang.engine.single import SingleStep
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.engine.warm import first_drafts, is_plain, with_masks
-from idlm_sglang.isd import BRANCH, CHAIN
 
 
 def takes_decode(batch) -> bool:
@@ -54,11 +55,22 @@ def with_step(batch, step: StridedStep | SingleStep, lengths: torch.Tensor, leng
 
 def _step(worker, batch) -> StridedStep | SingleStep:
     rows = worker.rows_of(batch)
-    if not rows.drafts:
-        return SingleStep(worker, batch, rows)
-    # Prefill attention hides no columns: survivors of a rejection go in front of the MASK rows here.
-    salvage = worker.settings.salvage
-    return StridedStep(worker, batch, rows, CHAIN if salvage == BRANCH else salvage)
+    return StridedStep(worker, batch, rows, worker.settings.salvage) if rows.drafts else SingleStep(worker, batch, rows)
+
+
+@contextmanager
+def _as_laid_out(worker, forward_batch, first: int, step: StridedStep | SingleStep | None):
+    """In here the forward's rows from ``first`` on have the positions of the step, and see what it lets them see."""
+    if not isinstance(step, StridedStep):
+        yield
+        return
+    positions = step.positions.view(-1).to(forward_batch.positions.dtype)
+    forward_batch.positions = torch.cat((forward_batch.positions[:first], positions))
+    if step.visible is None:
+        yield
+        return
+    with worker.model_runner.attn_backend.hiding(step.visible):
+        yield
 
 
 def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=None):
@@ -82,11 +94,11 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
         read = [*read, *range(first, longer.extend_num_tokens)]
     worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
     forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)
-    forward_batch.positions = forward_batch.positions.clamp(max=worker.last_position)
     index = on_device(torch.tensor(read, dtype=torch.int64), worker.device)
     behind = index[count : count + proposing]
     gate = step.gate(first, behind) if isinstance(step, StridedStep) else worker.gate.on(behind)
-    with worker.model_runner.model.logits_processor.reading(index), gate:
+    laid_out = _as_laid_out(worker, forward_batch, first, step)
+    with worker.model_runner.model.logits_processor.reading(index), gate, laid_out:
         out = worker.target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
     logits = out.logits_output.next_token_logits
     beside, others = None, logits[count + proposing :]

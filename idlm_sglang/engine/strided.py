@@ -27,7 +27,9 @@ class StridedStep:
 
     Attributes:
         tokens: ``(B, W)`` int64, W = 2N - 1.
+        positions: ``(B, W)`` int64. Those of rows behind the context's end, which commit nothing, are inside it, too.
         places: ``(B, W)`` int64 KV slots.
+        visible: ``(B, W, W)`` bool, the step's columns that its rows see on top of causality; None: all.
     """
 
     def __init__(self, worker, batch, rows: BatchRows, salvage: str):
@@ -43,19 +45,19 @@ class StridedStep:
         self._seen = forks(carried.clean, carried.counts, salvage)
         self.tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, worker.mask_id)
         columns = step_positions(committed, self.width)
-        self._positions, self._visible = columns, None
+        positions, self.visible = columns, None
         if salvage == BRANCH:
-            self._positions = committed[:, None] + row_offsets(carried.counts, self._seen, self.width)
-            self._visible = visible_rows(carried.counts, self._seen, self.width)
+            positions = committed[:, None] + row_offsets(carried.counts, self._seen, self.width)
+            self.visible = visible_rows(carried.counts, self._seen, self.width)
+        # The rotary table ends with the context.
+        self.positions = positions.clamp(max=worker.last_position)
         self.places = worker.req_to_token[slots[:, None], columns].to(torch.int64)
 
     def verify(self):
         """The step's own TARGET_VERIFY forward: SGLang's result and the logits ``(B, W, V)`` float32."""
         worker, batch = self._worker, self._batch
         batch.out_cache_loc = self.places.view(-1)
-        # Rows behind the context's end commit nothing; their positions only have to stay inside the rotary table.
-        positions = self._positions.clamp(max=worker.last_position)
-        verify = IsdVerifyInput(self.tokens.view(-1), positions.view(-1), self.width, new_visible=self._visible)
+        verify = IsdVerifyInput(self.tokens.view(-1), self.positions.view(-1), self.width, new_visible=self.visible)
         forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
         with self.gate():
             out = worker.phases.forward(worker.target_worker.forward_batch_generation, batch=None, forward_batch=forward_batch, is_verify=True)

@@ -1,5 +1,8 @@
 """The CPU platform's attention backend, registered under SGLang's own name `torch_native`."""
 
+from contextlib import contextmanager
+
+import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -22,6 +25,17 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         self._workspace = Workspace()
         key_cache = self.token_to_kv_pool.get_key_buffer(self.token_to_kv_pool.start_layer)
         self._column_bytes = 2 * key_cache[0].nbytes
+        self._hidden: torch.Tensor | None = None
+
+    @contextmanager
+    def hiding(self, new_visible: torch.Tensor | None):
+        """In here the last B requests of an extend, with W rows each, see of their own new columns what ``new_visible``
+        ``(B, W, W)`` bool leaves of them; None hides nothing."""
+        self._hidden = new_visible
+        try:
+            yield
+        finally:
+            self._hidden = None
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -48,7 +62,7 @@ class TiledAttnBackend(TorchNativeAttnBackend):
             prefix_lens, row_counts = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
             on_host = forward_batch.extend_seq_lens_cpu
             if on_host is not None:
-                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes)
+                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes, self._hidden)
         return [make_plan(table, forward_batch.req_pool_indices, prefix_lens, row_counts, self._column_bytes, new_visible)]
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True):

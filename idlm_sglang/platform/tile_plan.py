@@ -132,24 +132,32 @@ def _one_slab(prefix_lens: torch.Tensor, row_counts: int, width: int, column_byt
 
 
 def make_parts(
-    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, prefix_lens: torch.Tensor, row_counts: list[int], column_bytes: int
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    row_counts: list[int],
+    column_bytes: int,
+    new_visible: torch.Tensor | None = None,
 ) -> list[Plan]:
     """Plans of a batch's rows in order: requests of any row counts, then those behind them that all have the last one's, where it is low.
 
     Decode rows behind prompts are of one height; in slabs of their own nothing of theirs is picked out of q or padded to a prompt's.
-    Arguments as for :func:`make_plan`, ``row_counts`` on the host.
+    Arguments as for :func:`make_plan`, ``row_counts`` on the host; ``new_visible`` is of the last requests alone.
     """
     first = len(row_counts)
     while first > 0 and row_counts[first - 1] == row_counts[-1]:
         first -= 1
-    if row_counts[-1] == 0 or max(row_counts[:first], default=0) < 2 * row_counts[-1]:
+    if new_visible is not None:
+        first = len(row_counts) - len(new_visible)
+    elif row_counts[-1] == 0 or max(row_counts[:first], default=0) < 2 * row_counts[-1]:
         first = 0
     plans = []
     for part in (slice(0, first), slice(first, None)):
         counts = row_counts[part]
         if counts:
             rows = counts[0] if len(set(counts)) == 1 else torch.tensor(counts)
-            plans.append(make_plan(req_to_token, req_pool_indices[part], prefix_lens[part], rows, column_bytes))
+            visible = new_visible if part.stop is None else None
+            plans.append(make_plan(req_to_token, req_pool_indices[part], prefix_lens[part], rows, column_bytes, visible))
     return plans
 
 

@@ -45,6 +45,20 @@ def test_plans_for_parts_of_a_batch_equal_the_definition(kind):
     assert len(out) == len(spare) and not out[len(batch.q) :].any()
 
 
+def test_a_step_behind_prompts_sees_what_it_sees_alone():
+    """Salvage's branch rows hide columns from each other, beside prompts of the same height, too."""
+    prefix, counts = [0, 30, 40, 61], [7, 20, 7, 7]
+    visible = visible_rows(torch.tensor([3, 3]), torch.tensor([1, 3]), 7)
+    batch = paged_batch(prefix, counts)
+    plans = tile_plan.make_parts(batch.req_to_token, batch.req_pool_indices, batch.prefix_lens, counts, 2 * batch.k_cache[0].nbytes, visible)
+    out = attend_parts(batch.q, batch.k_cache, batch.v_cache, plans, Workspace(), batch.scale)
+    torch.testing.assert_close(out[:27], batch.attend()[:27], atol=2e-6, rtol=0)
+    step = tile_plan.make_plan(batch.req_to_token, batch.req_pool_indices[2:], batch.prefix_lens[2:], 7, 2 * batch.k_cache[0].nbytes, visible)
+    alone = attend(batch.q[27:], batch.k_cache, batch.v_cache, step, Workspace(), batch.scale)
+    torch.testing.assert_close(out[27:], alone, atol=2e-6, rtol=0)
+    assert not torch.allclose(out[27:], batch.attend()[27:])
+
+
 @pytest.mark.parametrize("heads", [(8, 8, 32), (6, 2, 48), (5, 1, 16), (16, 2, 128)], ids=str)
 @pytest.mark.parametrize("kind", ["decode", "verify of 7", "mixed"])
 def test_grouped_heads(kind, heads):
