@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -93,9 +94,13 @@ def test_the_key_is_asked_for_everywhere_and_is_not_in_the_log(hostile):
 
 
 @pytest.mark.skipif(not number("SOAK_STOCK", 0), reason="SOAK_STOCK=1: stock SGLang under the same requests")
-def test_what_stock_sglang_falls_to(soak_logs):
+def test_what_stock_sglang_falls_to(soak_logs, tmp_path):
+    # The weights under the name that stock SGLang serves them by.
+    model = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (model / "config.json").write_text(json.dumps(config))
     server = Served("stock", soak_logs, key=KEY, env=STOCK)
-    server.command = [*server.command[:3], "-m", "sglang.launch_server", "--model-path", CHECKPOINT, "--port", str(server.port), "--api-key", KEY, "--dtype", "float32"]
+    server.command = [*server.command[:3], "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(server.port), "--api-key", KEY, "--dtype", "float32"]
     server.command += ["--enable-response-store", "--tool-call-parser", "qwen25", "--sleep-on-idle", "--log-level", "warning"]
     with server:
         found = strike(server, chosen())
