@@ -48,7 +48,7 @@ def untruncated(op):
 
 # Where an op is looked up when its benchmark calls it, and how it is broken.
 BROKEN = {
-    "attention": (attention, "attend", lambda op: lambda *args: op(*args) * 1.01),
+    "attention": (attention, "attend_parts", lambda op: lambda *args: op(*args) * 1.01),
     "target": (target, "target_scores", untruncated),
     "noise": (noise, "gumbel", lambda op: lambda seeds, positions, *rest: op(seeds, positions + 1, *rest)),
     "verify": (verify, "leading", lambda op: lambda accepted: (op(accepted) + 1) % (accepted.shape[1] + 1)),
