@@ -66,13 +66,17 @@ def room_for_masks(_, batch) -> None:
 def chunk_that_fits(original: Callable, budget, chunk_limit: int) -> int | None:
     """What: ``PrefillBudget.available_chunk_tokens``, the size of a prompt's next chunk, is at most what the pool has left; with nothing
     left the prompt waits, as SGLang lets one wait whose sliding-window pool is full.
+    Not with priority preemption.
     Why: where the running requests are expected to take the rest of the pool SGLang makes the chunk as long as it may be, free slots or
     not, and its allocation then ends the scheduler. In AR serving, too.
     Guard: the hook applied; a test on SGLang's own class; `make soak` runs into it.
     Goes when: SGLang bounds the chunk of a full pool.
     """
-    found = original(budget, chunk_limit)
-    if found is None:
-        return None
+    from sglang.srt.runtime_context import get_schedule
+
+    found, schedule = original(budget, chunk_limit), get_schedule()
+    # A request of higher priority may still be admitted where a chunk waits, and SGLang then counts the chunk as run.
+    if found is None or (schedule.enable_priority_scheduling and not schedule.disable_priority_preemption):
+        return found
     room = int(budget._available_and_evictable()) // budget.page_size * budget.page_size
     return min(found, room) if room > 0 else None

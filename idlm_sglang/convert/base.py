@@ -17,7 +17,7 @@ def load_config(base: str) -> Any:
     """The base's configuration; :class:`SettingError` where there is none or it is of another family."""
     register_published_config()
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SettingError(f"BASE {base} cannot be loaded: {_line(error)}") from None
     names = config.architectures or []
@@ -28,7 +28,7 @@ def load_config(base: str) -> Any:
 
 def load_tokenizer(base: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SettingError(f"BASE {base} has no tokenizer that can be loaded: {_line(error)}") from None
 
@@ -48,6 +48,8 @@ def mask_token(config: Any, tokenizer: Any, asked: str | None) -> tuple[int, str
         if named is not None and named != found:
             raise SettingError(f"--mask-token {asked} (id {found}) contradicts BASE's config, whose mask_token_id is {named}; leave it out")
         return found, "as asked for"
+    if named is not None and not 0 <= int(named) < size:
+        raise SettingError(f"mask_token_id={named} in BASE's config is no row of its embedding; allowed: 0 to {size - 1}")
     if named is not None:
         return int(named), "mask_token_id of BASE's config"
     found = tokenizer_mask_id(tokenizer)
@@ -66,7 +68,7 @@ def load_model(base: str, config: Any, device: torch.device, dtype: torch.dtype)
     disable_progress_bar()
     kind = attention.NAME if device.type == "cpu" else "sdpa"
     try:
-        model = Qwen3ForCausalLM.from_pretrained(base, config=config, dtype=dtype, attn_implementation=kind)
+        model = Qwen3ForCausalLM.from_pretrained(base, config=config, dtype=dtype, attn_implementation=kind, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingError(f"BASE {base} cannot be loaded: {_line(error)}") from None
     if device.type == "cuda":

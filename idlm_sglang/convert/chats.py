@@ -47,10 +47,17 @@ def _conversation(path: Path, number: int, line: str) -> Messages:
 
 
 def split(chats: list[Messages], share: float, seed: int) -> tuple[list[Messages], list[Messages]]:
-    """(to train on, held out), both in an order that the seed gives."""
+    """(to train on, held out), both in an order that the seed gives. Equal conversations are on one side.
+
+    Raises :class:`SettingError` where all are equal.
+    """
     shuffled = random.Random(f"split-{seed}").sample(chats, len(chats))
     count = min(max(1, round(share * len(chats))), len(chats) - 1)
-    return shuffled[count:], shuffled[:count]
+    alike = {json.dumps(one) for one in shuffled[:count]}
+    train = [one for one in shuffled[count:] if json.dumps(one) not in alike]
+    if not train:
+        raise SettingError(f"--data: all {len(chats)} conversations equal held-out ones; allowed: conversations that differ")
+    return train, shuffled[:count]
 
 
 class Encoder:

@@ -14,6 +14,7 @@ from idlm_sglang.convert import chats
 from idlm_sglang.convert.chats import Encoder, Messages
 
 BATCH = 32
+_TOGETHER = 8
 FILE = "answers.jsonl"
 
 
@@ -39,8 +40,12 @@ def regenerate(source: list[Messages], path: Path, answer: Callable[[list[Messag
     lines = [line for line in part.read_text(encoding="utf-8").split("\n") if line and json.loads(line)["messages"]]
     if len(lines) < 2:
         raise SettingError(f"--self-distill: only {len(lines)} of {len(source)} conversations have answers that end; allowed: a larger --length, or other data")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    if len(lines) < len(source):
+        tell(f"left out: {len(source) - len(lines)} of {len(source)} conversations, whose prompt or an answer of the base is longer than --length")
+    ready = path.with_name(path.name + ".new")
+    ready.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(ready, path)
+    part.unlink()
     return chats.read(path)
 
 
@@ -80,11 +85,19 @@ def answers_of(model: Any, tokenizer: Any, encoder: Encoder, mask_id: int, tempe
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
 
     def answer(started: list[Messages]) -> list[str | None]:
-        prompts = [encoder.prompt(messages) for messages in started]
-        room = length - max(map(len, prompts))
-        if room < 1:
-            return [None] * len(prompts)
-        longest = length - room
+        every = [encoder.prompt(messages) for messages in started]
+        texts: list[str | None] = [None] * len(every)
+        # Those alike in length share a batch, so that a long prompt takes room from none but its like.
+        order = sorted((i for i, prompt in enumerate(every) if len(prompt) < length), key=lambda i: len(every[i]))
+        for first in range(0, len(order), _TOGETHER):
+            some = order[first : first + _TOGETHER]
+            for i, text in zip(some, generated([every[i] for i in some])):
+                texts[i] = text
+        return texts
+
+    def generated(prompts: list[list[int]]) -> list[str | None]:
+        longest = max(map(len, prompts))
+        room = length - longest
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
         real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         trained_with = model.config._attn_implementation

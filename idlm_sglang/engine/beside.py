@@ -18,8 +18,8 @@ from idlm_sglang.engine.warm import first_drafts, is_plain, with_masks
 
 
 def takes_decode(batch) -> bool:
-    """A prefill batch that other requests' rows can follow: tokens alone, and logits of its last rows alone."""
-    return batch.forward_mode.is_extend_without_speculative() and not batch.forward_mode.is_mixed() and is_plain(batch)
+    """A prefill batch that other requests' rows can follow: tokens alone, and logits of its last rows alone, from which tokens are sampled."""
+    return not batch.is_prefill_only and batch.forward_mode.is_extend_without_speculative() and not batch.forward_mode.is_mixed() and is_plain(batch)
 
 
 def can_join(batch, rows: BatchRows) -> bool:

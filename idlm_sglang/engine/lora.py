@@ -4,7 +4,8 @@ Pending, draft and prompt rows run the base weights, so p, what is committed and
 gate goes by a row's role in the step (:mod:`idlm_sglang.isd.layout`), never by its token: a MASK in a prompt is base.
 
 Gated rows are gathered, ``scaling * B (A x)`` is computed for them alone, and added to them in place. The other rows of a
-layer's output are not written, so they are the base forward's bit for bit whatever the adapter yields. The sum is formed before any
+layer's output are not written, so they are the base forward's bit for bit. (What an adapter makes infinite or NaN in a MASK
+row's K and V would reach other rows through attention, as 0 x NaN; weights that are not finite are refused.) The sum is formed before any
 all-reduce, on the layer's local output, behind whichever kernel multiplies the (perhaps quantised) base weight.
 """
 

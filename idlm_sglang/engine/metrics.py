@@ -279,7 +279,7 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
         return [series.labels(**labels, position=str(i + 1)) for i in range(max_drafts)]
 
     tokens = counter("tokens_committed", "Tokens committed by decode forwards, after stops and limits.")
-    forwards = counter("forwards", "Decode forwards of the engine, one for a whole batch.")
+    forwards = counter("forwards", "Decode steps of the engine, one for a whole batch.")
     rounds = counter("rounds", "Per-request decode rounds: verify (had drafts), salvage (had survivors), cold (had none), single (one token per step).", ("kind",))
     proposed = counter("drafts_proposed", "Drafts verified, by position behind the pending token.", ("position",))
     accepted = counter("drafts_accepted", "Drafts accepted, by position behind the pending token.", ("position",))

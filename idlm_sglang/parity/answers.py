@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from idlm_sglang.parity.compare import TOLERANCE, differences
-from idlm_sglang.parity.endpoint import Reply, Side, chosen, texts
+from idlm_sglang.parity.endpoint import Reply, Side, chosen, failed, texts
 from idlm_sglang.parity.findings import Finding, Table
 from idlm_sglang.parity.options import Plan
 from idlm_sglang.parity.prompts import GREEDY, SAMPLED, SEEDED, Ask
@@ -28,7 +28,8 @@ class Pair:
 
     @property
     def refused(self) -> bool:
-        return self.left.answer.status != 200
+        """One of them is no answer: an HTTP error, or one inside a stream behind HTTP 200."""
+        return failed(self.ask.path, self.left.answer) or failed(self.ask.path, self.right.answer)
 
     def texts(self) -> tuple[list[str], list[str]]:
         return texts(self.ask.path, self.left.answer.tree), texts(self.ask.path, self.right.answer.tree)
@@ -95,10 +96,14 @@ def parting(ask: Ask, ours: list[str], theirs: list[str], left: Side, right: Sid
     a, b = (side[at] if at < len(side) else "" for side in (ours, theirs))
     shared = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     body = _with_logprobs(ask)
-    again = [chosen(ask.path, side.ask(ask, body).answer.tree) for side in (left, right)]
+    replies = [side.ask(ask, body).answer.tree for side in (left, right)]
+    again = [chosen(ask.path, tree) for tree in replies]
     tokens = [choices[at] if at < len(choices) else [] for choices in again]
     names = [[token for token, _ in side] for side in tokens]
     repeated = names[0] != names[1]
+    # The candidates are those of the answers asked for again: they speak for the first ones only where they part at the same character.
+    said = [(texts(ask.path, tree)[at:] or [""])[0] for tree in replies]
+    same_place = not repeated or (said[0][: shared + 1], said[1][: shared + 1]) == (a[: shared + 1], b[: shared + 1])
     position = next((i for i, (x, y) in enumerate(zip(*names)) if x != y), min(map(len, names)) if repeated else None)
     if position is None and names[0] and ask.path != GENERATE:
         # Equal this time: the token that holds the first differing character.
@@ -111,16 +116,16 @@ def parting(ask: Ask, ours: list[str], theirs: list[str], left: Side, right: Sid
     for mine, other in ((tokens[0], names[1]), (tokens[1], names[0])):
         if position is not None and position < len(mine):
             margins.append(_margin(mine[position][1], mine[position][0], other[position] if position < len(other) else None))
-    margins = [m for m in margins if m is not None]
+    margins = [m for m in margins if m is not None] if same_place else []
     return Parting(position, max(margins, default=None), repeated, _short(a[shared:]), _short(b[shared:]))
 
 
 def _margin(candidates: dict[str, float], mine: str, other: str | None) -> float | None:
-    """Between this token and the other side's, or, where that is not among the candidates or the same, the two best."""
+    """Between this token and the other side's, or the two best where it is the same; None where one is not among the candidates."""
     if mine in candidates and other in candidates and mine != other:
         return abs(candidates[mine] - candidates[other])
     best = sorted(candidates.values(), reverse=True)
-    return best[0] - best[1] if len(best) > 1 and mine == other else best[0] - best[-1] if len(best) > 1 else None
+    return best[0] - best[1] if len(best) > 1 and mine == other else None
 
 
 def _with_logprobs(ask: Ask) -> dict[str, Any]:
@@ -148,6 +153,8 @@ def fields(pairs: Sequence[Pair], exact_kinds: set[str], plan: Plan) -> Finding:
     line = f"{len(pairs) - len(rows)} of {len(pairs)} answers alike ({streamed} streamed, {refused} refused by both or either), {len(rows)} different"
     if rows:
         line += f"; first: {rows[0][0]}: {_short(rows[0][3])}"
+    if len(pairs) == refused:
+        rows, line = rows or [["all", "", "", "no request was answered by both"]], f"{line}; no request was answered by both"
     note = f"Log-probabilities may differ by {slack:g}. Ids, times, the model's name, the seed and figures of speculative decoding are not compared."
     tables = [Table("Differing fields", ("request", "path", "streamed", "differences (left: baseline)"), rows[:_SHOWN])] if rows else []
     return Finding("fields", not rows, line, tables, [note])

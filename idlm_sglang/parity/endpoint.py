@@ -168,6 +168,21 @@ def texts(path: str, tree: Any) -> list[str]:
     return found
 
 
+def failed(path: str, answer: Answer) -> bool:
+    """It is an error: by its status, inside a stream behind HTTP 200, or as an answer that the server gave up."""
+    tree = answer.tree
+    if answer.status != 200 or not isinstance(tree, (dict, list)) or not texts(path, tree):
+        return True
+    if isinstance(tree, dict) and ("error" in tree or "broken stream" in tree or any(isinstance(other, dict) for other in tree.get("others", ()))):
+        return True
+    if path == GENERATE:
+        parts = tree if isinstance(tree, list) else tree.get("chunks", [tree])
+        ends = [((part.get("meta_info") or {}).get("finish_reason") or {}) for part in parts if isinstance(part, dict)]
+        return any(end.get("type") == "abort" for end in ends if isinstance(end, dict))
+    choices = tree.get("choices") or []
+    return any(choice.get("finish_reason") == "abort" for choice in (choices.values() if isinstance(choices, dict) else choices))
+
+
 def completion_tokens(path: str, tree: Any) -> int | None:
     """How long an answer is, as its server counts; None where it does not say."""
     try:

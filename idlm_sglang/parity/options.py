@@ -12,6 +12,8 @@ AUTO, EXACT, DISTRIBUTION = "auto", "exact", "distribution"
 SEEDED = (AUTO, EXACT, DISTRIBUTION)
 DEFAULT_TIE = 0.05
 DEFAULT_ALPHA = 0.01
+# Two cells of a chi-square test need as many answers of both servers together.
+FEWEST_SAMPLES = 20
 
 _DESCRIPTION = """\
 Send the same requests to two servers and compare: greedy and seeded answers token by token, sampled ones by distribution,
@@ -114,13 +116,20 @@ def resolve(given: argparse.Namespace) -> Plan:
         timeout=_number("--timeout", given.timeout, 0.001, 1e6),
         tie_margin=_number("--tie-margin", given.tie_margin, 0.0, 100.0),
         seeded=given.seeded,
-        samples=whole_number(f"--samples {given.samples}", given.samples, 0, 100_000),
+        samples=_samples(given.samples),
         sampled_prompts=whole_number(f"--sampled-prompts {given.sampled_prompts}", given.sampled_prompts, 1, 1000),
         alpha=_number("--alpha", given.alpha, 1e-9, 0.5),
         speed_rounds=rounds,
         min_speed_ratio=least,
         out=None if given.out is None else Path(given.out),
     )
+
+
+def _samples(text: str) -> int:
+    count = whole_number(f"--samples {text}", text, 0, 100_000)
+    if 0 < count < FEWEST_SAMPLES:
+        raise SettingError(f"--samples {text} is too few to tell distributions apart; allowed: 0 (none), or {FEWEST_SAMPLES} to 100000")
+    return count
 
 
 def _url(flag: str, text: str) -> str:

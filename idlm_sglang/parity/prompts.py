@@ -43,7 +43,7 @@ def read(file: Path | None, limit: int | None = None) -> list[Ask]:
     """The requests of a file, ``-`` for standard input, None for the bundled one. Raises :class:`SettingError`."""
     shown = EXAMPLE if file is None else file
     try:
-        lines = sys.stdin.read().splitlines() if str(shown) == "-" else shown.read_text().splitlines()
+        lines = (sys.stdin.read() if str(shown) == "-" else shown.read_text()).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"--prompts {shown} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); allowed: a JSONL file, or -") from None
     found = [_ask(shown, number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
@@ -84,6 +84,9 @@ def _ask(file: Path, number: int, line: str) -> Ask:
             body = {"messages": [{"role": "user", "content": body.pop("prompt")}], **body}
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise refused
+    params = body.get("sampling_params") if path == GENERATE else None
+    if params is not None and not all(isinstance(p, dict) for p in (params if isinstance(params, list) else [params])):
+        raise SettingError(f"--prompts {file} line {number}: sampling_params is not valid; allowed: an object, or a list of objects")
     return Ask(f"line {number}", path, body, kind_of(path, body), expected)
 
 

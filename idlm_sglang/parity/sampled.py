@@ -45,11 +45,12 @@ def compare(asks: Sequence[Ask], seeded_too: bool, left: Side, right: Side, plan
                 p_values.append(p)
                 cells.append(count)
     if not p_values:
-        return Finding("sampled", None, f"{len(some)} prompts, {plan.samples} answers a side: all the same, nothing to test")
+        return Finding("sampled", None, f"{len(some)} prompts, {plan.samples} answers a side: nearly all the same, nothing to test")
     adjusted = holm(p_values)
     rows = [[*name, count, f"{p:.4g}", f"{q:.4g}"] for name, count, p, q in sorted(zip(names, cells, p_values, adjusted), key=lambda row: row[2])]
     passed = min(adjusted) >= plan.alpha
-    line = f"{len(some)} prompts, {plan.samples} answers a side, {len(p_values)} tests: smallest corrected p {min(adjusted):.3g} (parity from {plan.alpha:g})"
+    others = sum(ask.kind in wanted for ask in asks) - len(some)
+    line = f"{len(some)} prompts ({others} more not drawn from), {plan.samples} answers a side, {len(p_values)} tests: smallest corrected p {min(adjusted):.3g} (parity from {plan.alpha:g})"
     if not passed:
         line += f"; first: {rows[0][0]}, {rows[0][2]}"
     note = f"Equal distributions fail here in at most {plan.alpha:g} of the runs (Holm over all tests)."

@@ -149,7 +149,7 @@ class Pool:
     "free, evictable, page, expected, chunk",
     [(6, 0, 1, 500, 6), (6, 4, 1, 500, 10), (0, 0, 1, 500, None), (40, 0, 16, 500, 32), (300, 0, 1, 0, 256), (300, 0, 1, 100, 200), (5, 0, 16, 500, None)],
 )
-def test_a_chunk_is_no_longer_than_what_the_pool_has_left(free, evictable, page, expected, chunk):
+def test_a_chunk_is_no_longer_than_what_the_pool_has_left(free, evictable, page, expected, chunk, monkeypatch):
     """``expected``: tokens that running requests are expected to take; SGLang then offers the full 256, free or not."""
     from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
@@ -159,4 +159,8 @@ def test_a_chunk_is_no_longer_than_what_the_pool_has_left(free, evictable, page,
     budget = PrefillBudget(pool, pool, num_mixed_decode_tokens=expected)
     original = vars(PrefillBudget)["available_chunk_tokens"]
     original = getattr(original, "__wrapped__", original)
+    schedule = SimpleNamespace(enable_priority_scheduling=False, disable_priority_preemption=False)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_schedule", lambda: schedule)
     assert chunk_that_fits(original, budget, 256) == chunk
+    schedule.enable_priority_scheduling = True
+    assert chunk_that_fits(original, budget, 256) == original(budget, 256), "a waiting chunk would be counted as run"

@@ -16,7 +16,8 @@ class Gate:
 
     A browser that navigates cannot send a bearer token. It is asked for one by HTTP Basic authentication: the password is
     the key, the user name is ignored. Browsers send such credentials again by themselves, to whatever page asks; so
-    requests that another website makes are refused here (Fetch Metadata, ``Sec-Fetch-Site``), key or not.
+    requests that another website makes are refused here, key or not: by Fetch Metadata (``Sec-Fetch-Site``), which browsers send over
+    https and on localhost, else by an ``Origin`` that is not this host.
 
     Args:
         app: what SGLang serves, its own check included.
@@ -37,7 +38,7 @@ class Gate:
 
     async def _ours(self, path: str, scope, receive, send) -> None:
         headers = dict(scope["headers"])
-        site = headers.get(b"sec-fetch-site", b"none")
+        site = headers.get(b"sec-fetch-site") or _site(headers)
         # Following a link to the page is no harm: it holds no data.
         visit = path == PATH and scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
         if site not in (b"none", b"same-origin") and not visit:
@@ -55,6 +56,14 @@ class Gate:
             await send(message)
 
         await self._app(scope, receive, challenging)
+
+
+def _site(headers: dict[bytes, bytes]) -> bytes:
+    """What ``Origin`` says in the words of ``Sec-Fetch-Site``; a request without one is the user's own, or no browser's."""
+    origin = headers.get(b"origin")
+    if origin is None:
+        return b"none"
+    return b"same-origin" if origin.partition(b"://")[2] == headers.get(b"host") else b"cross-site"
 
 
 def _password(authorization: bytes) -> bytes | None:

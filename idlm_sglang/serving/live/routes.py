@@ -120,7 +120,7 @@ class Live:
 async def _json(request: Request) -> Any:
     try:
         return await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Mistake("the body is not JSON; allowed: an object with prompt") from None
 
 
