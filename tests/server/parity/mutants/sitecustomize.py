@@ -15,28 +15,28 @@ def broken(req, name):
     return isinstance(params, dict) and params.get("break") == name
 
 
-def unbias_draft_rows(worker):
+def unbias_draft_rows(strided):
     """The bias is on the first row only."""
-    original = worker.IsdWorker._with_request_terms
+    original = strided.StridedStep._with_request_terms
 
-    def terms(self, logits, batch, rows, *rest):
-        logits = original(self, logits, batch, rows, *rest)
+    def terms(self, logits):
+        logits, batch = original(self, logits), self._batch
         for i, req in enumerate(batch.reqs):
             if broken(req, "bias") and batch.sampling_info.logit_bias is not None:
                 logits[i, 1:] -= batch.sampling_info.logit_bias[i]
         return logits
 
-    worker.IsdWorker._with_request_terms = terms
+    strided.StridedStep._with_request_terms = terms
 
 
-def count_no_drafts(worker):
+def count_no_drafts(strided):
     """Penalties know the history but not the drafts of the run."""
-    terms, penalise = worker.IsdWorker._with_request_terms, worker.penalise
+    terms, penalise = strided.StridedStep._with_request_terms, strided.penalise
     current = []
 
-    def remember(self, logits, batch, rows, *rest):
-        current[:] = [] if rows.penalised is None else [batch.reqs[i] for i in rows.penalised.rows]
-        return terms(self, logits, batch, rows, *rest)
+    def remember(self, logits):
+        current[:] = [] if self._rows.penalised is None else [self._batch.reqs[i] for i in self._rows.penalised.rows]
+        return terms(self, logits)
 
     def stale(logits, penalties, counts, drafts, in_front, first_index):
         in_front = in_front.clone()
@@ -45,10 +45,10 @@ def count_no_drafts(worker):
                 in_front[i] = False
         return penalise(logits, penalties, counts, drafts, in_front, first_index)
 
-    worker.IsdWorker._with_request_terms, worker.penalise = remember, stale
+    strided.StridedStep._with_request_terms, strided.penalise = remember, stale
 
 
-def stand_still(worker):
+def stand_still(strided):
     """Every row of a run is masked as the first one is."""
     from idlm_sglang.engine import grammar
 
@@ -68,9 +68,9 @@ def stand_still(worker):
     grammar.GrammarStep.adjust, grammar.walk = remember, still
 
 
-def forget_seeds(worker):
+def forget_seeds(strided):
     """Noise from a new seed for every batch."""
-    original = worker.BatchRows.__init__
+    original = strided.BatchRows.__init__
 
     def build(self, reqs, *rest):
         original(self, reqs, *rest)
@@ -78,12 +78,12 @@ def forget_seeds(worker):
             if broken(req, "seed"):
                 self.seeds[i] = random.getrandbits(62)
 
-    worker.BatchRows.__init__ = build
+    strided.BatchRows.__init__ = build
 
 
-def shift_logprobs(worker):
+def shift_logprobs(strided):
     """A token's logprob is that of the row behind it."""
-    original = worker.compute_spec_logprobs
+    original = strided.compute_spec_logprobs
 
     def shifted(batch, output, *rest, **kwargs):
         original(batch, output, *rest, **kwargs)
@@ -91,10 +91,10 @@ def shift_logprobs(worker):
             if broken(req, "logprobs"):
                 output.next_token_logprobs[i] = output.next_token_logprobs[i].roll(-1)
 
-    worker.compute_spec_logprobs = shifted
+    strided.compute_spec_logprobs = shifted
 
 
-def trim_late(worker):
+def trim_late(strided):
     """A run is cut one token behind its stop."""
     from sglang.srt.managers.schedule_batch import Req
 
@@ -110,11 +110,11 @@ def trim_late(worker):
 
 
 class BreakableWorker:
-    """Import hook: the breaks go into the worker's module as soon as it is there."""
+    """Import hook: the breaks go into the module of the decode step as soon as it is there."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != "idlm_sglang.engine.worker":
+        if name != "idlm_sglang.engine.strided":
             return None
         spec = PathFinder.find_spec(name, path, target)
         load = spec.loader.exec_module
