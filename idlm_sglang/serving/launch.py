@@ -136,6 +136,10 @@ class Server:
             if told and time.monotonic() - asked >= _HEALTH_INTERVAL:
                 asked = time.monotonic()
                 self._ready = self._healthy()
+            if self._reader.port_taken:
+                self._refused = f"idlm: --port {self._launch.port} was taken by another program during the start; allowed: a free port"
+                _signal_group(self._process, signal.SIGKILL)
+                return
             if self._ready:
                 url = summary.base_url(self._launch, self._resolved)
                 self._display.say(f"idlm: ready after {self._display.elapsed:.0f} s at {url}/v1; Ctrl-C ends it")

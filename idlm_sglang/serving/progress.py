@@ -34,6 +34,8 @@ _REASONS = (
     re.compile(r".*(?:crashed with exit code|is dead)"),
     re.compile(r"(?!.*Ignore import error).*error", re.IGNORECASE),
 )
+# uvicorn's words where another program took the port since it was looked at. SGLang then waits two minutes for an answer before it ends.
+_PORT_TAKEN = re.compile(r".*error while attempting to bind on address")
 _KEPT_LINES = 400  # what is older explains no end
 
 
@@ -42,6 +44,7 @@ class LogReader:
 
     def __init__(self) -> None:
         self.stage = "loading SGLang"
+        self.port_taken = False
         self._rest = ""
         self._recent: deque[str] = deque(maxlen=_KEPT_LINES)
 
@@ -56,6 +59,7 @@ class LogReader:
         if not line.strip():
             return
         self._recent.append(line)
+        self.port_taken |= _PORT_TAKEN.match(line) is not None
         for pattern, stage in _COMPILED:
             if pattern.search(line):
                 percent = _PERCENT.search(line)

@@ -41,6 +41,10 @@ def main(events: int, argv: list[str]) -> None:
     if way == "failed":
         print("Traceback (most recent call last):\n  File x\nRuntimeError: no memory left", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if way == "port taken":
+        print("[t] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use", flush=True)
+        print("[t] INFO:     Waiting for application shutdown.", flush=True)
+        time.sleep(600)
     if way == "stubborn":
         signal.signal(signal.SIGTERM, lambda *_: print("[t] still draining", flush=True))
     else:

@@ -1,6 +1,7 @@
 """The server as a child process: its signals, its exit code, and that nothing of it is left. A fake stands in for SGLang."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -111,6 +112,14 @@ def test_a_server_that_cannot_start_ends_with_its_reason_and_a_code(start):
     command = start("failed")
     assert command.process.wait(timeout=10) == 1
     assert "idlm: the server ended: RuntimeError: no memory left" in command.text()
+    assert command.left() == []
+
+
+def test_a_port_taken_during_the_start_ends_it_in_one_line(start):
+    """SGLang would wait two minutes for an answer from the port."""
+    command = start("port taken")
+    assert command.process.wait(timeout=10) == 1
+    assert re.search(r"idlm: --port \d+ was taken by another program during the start; allowed: a free port$", command.text().strip())
     assert command.left() == []
 
 
