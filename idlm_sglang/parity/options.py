@@ -29,7 +29,7 @@ examples:
   idlm parity --baseline URL --candidate URL --min-speed-ratio 1.2 --tie-margin 0.5      bfloat16 servers; the candidate must be faster
 
 what counts as a difference:
-  greedy   a first differing token, unless the baseline's two best there are within --tie-margin in log-probability (a near-tie: low
+  greedy   a first differing token, unless the two best there, by either server's word, are within --tie-margin in log-probability (a near-tie: low
            precision may decide it either way). {DEFAULT_TIE} suits float32; for bfloat16 take 0.5.
   seeded   the same without a margin, where both servers draw by this plugin's sampler; else by distribution (--seeded).
   sampled  two-sample chi-square tests; with equal servers a false alarm in at most a share of --alpha of the runs (Holm).
