@@ -6,12 +6,12 @@ import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-DEFAULT_STRIDE = 4
 MAX_STRIDE = 16
 ALGORITHM = "ISD"
 
-# The controller chooses the stride, up to this one where no other limit is set.
+# The controller chooses the stride, from this one on, up to that one where no other limit is set.
 AUTO = "auto"
+AUTO_FIRST_STRIDE = 4
 AUTO_MAX_STRIDE = 8
 
 DEFAULT_SELFCHECK = 0.001
@@ -41,28 +41,27 @@ class Settings:
     """What the plugin was asked for.
 
     Attributes:
-        stride: N, tokens proposed and verified per forward by default (1..16; 1 is plain autoregressive decoding).
-            Under ``auto`` the one to begin with.
+        stride: N, tokens proposed and verified per forward (1..16; 1 is plain autoregressive decoding). Under ``auto`` the one to begin with.
         max_stride: the largest N that the controller may choose or a request ask for; state is kept for it.
         mask_token_id: MASK for checkpoints that do not name one, or None.
         sampling_rule: which exact rule serves sampled requests without a seed, ``coupled`` (the server draws one) or ``rejection``.
         selfcheck: share of finished requests that is asked again at one token per step and compared, 0 to 1.
         salvage: what a rejection leaves for the next step: survivors for a ``branch`` round or a ``chain``, or nothing (``off``).
         strided_grammars: the grammar backend in use can walk over drafts and back (the worker fills this in).
-        auto: the stride controller chooses N, step by step.
+        auto: the stride controller chooses N, step by step: where no stride was asked for, too.
         mixed_steps: with the overlap schedule off, a prefill's forward takes the decode step of the running requests along.
         live_page: serve the live page at ``/idlm``.
         lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
     """
 
-    stride: int = DEFAULT_STRIDE
-    max_stride: int = DEFAULT_STRIDE
+    stride: int = AUTO_FIRST_STRIDE
+    max_stride: int = AUTO_MAX_STRIDE
     mask_token_id: int | None = None
     sampling_rule: str = COUPLED
     selfcheck: float = DEFAULT_SELFCHECK
     salvage: str = AUTO
     strided_grammars: bool = True
-    auto: bool = False
+    auto: bool = True
     mixed_steps: bool = True
     live_page: bool = True
     lora: str | None = None
@@ -131,7 +130,8 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
                 "set one of them"
             )
         stride = num_steps + 1
-    stride = DEFAULT_STRIDE if stride is None else stride
+    auto = stride is None
+    stride = AUTO_FIRST_STRIDE if auto else stride
     max_stride = AUTO_MAX_STRIDE if auto else stride
     if "IDLM_MAX_STRIDE" in env:
         max_stride = _integer("IDLM_MAX_STRIDE", env["IDLM_MAX_STRIDE"], 1, MAX_STRIDE)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from idlm_sglang.config import AUTO, DEFAULT_STRIDE, SettingError, stride_or_auto
+from idlm_sglang.config import AUTO, SettingError, stride_or_auto
 from idlm_sglang.serving.options import DEMO_NAME
 
 STOCK, AR, ISD, URL = "stock", "ar", "isd", "url"
@@ -62,7 +62,7 @@ def parse(text: str) -> Arm:
     kind, _, stride = base.partition(":")
     if kind not in (STOCK, AR, ISD) or (stride and kind != ISD) or base.endswith(":"):
         raise SettingError(f"{shown} is not known; allowed: {ALLOWED}")
-    number = (stride_or_auto(f"{shown}: stride {stride}", stride) or AUTO) if stride else DEFAULT_STRIDE
+    number = (stride and stride_or_auto(f"{shown}: stride {stride}", stride)) or AUTO
     return Arm(name, kind, number if kind == ISD else None, tuple(flags))
 
 

@@ -15,7 +15,7 @@ from idlm_sglang.bench.arms import URL, Arm, parse_all, refuse_own
 from idlm_sglang.config import SettingError, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR
 
-_ARMS = ("stock", "isd:1", "isd:4")
+_ARMS = ("stock", "isd:1", "isd:4", "isd:auto")
 _CONCURRENCIES, _QUICK_CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64), (1, 8, 64)
 _TEMPERATURES = (0.0, 1.0)
 _REPEATS, _MIN_REPEATS = 3, 1
@@ -43,7 +43,7 @@ repeat; --together and --alone say otherwise."""
 _EPILOG = """\
 examples:
   idlm bench --quick                                          the embedded checkpoint, a few minutes on two cores
-  idlm bench /models/I-DLM-8B --arm stock --arm isd:4 --prompts math500.jsonl --max-tokens 2048 \\
+  idlm bench /models/I-DLM-8B --arm stock --arm isd:auto --prompts math500.jsonl --max-tokens 2048 \\
              --sampling '{"top_p": 0.95, "top_k": 50}'        against AR, with the sampling of the paper
   idlm bench --arm stock --arm "ngram=stock --speculative-algorithm NGRAM --speculative-num-draft-tokens 8" --arm isd:4
   idlm bench --arm a=http://10.0.0.1:30000 --arm b=http://10.0.0.2:30000 --tokenizer /models/I-DLM-8B

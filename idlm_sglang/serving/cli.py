@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from idlm_sglang.config import AUTO, AUTO_MAX_STRIDE, DEFAULT_SELFCHECK, DEFAULT_STRIDE, MAX_STRIDE, SettingError
+from idlm_sglang.config import AUTO, AUTO_MAX_STRIDE, DEFAULT_SELFCHECK, MAX_STRIDE, SettingError
 
 _DESCRIPTION = "Serve Introspective Diffusion Language Models (I-DLM) through SGLang, several tokens per forward."
 _EPILOG = "Run `idlm serve` alone for a first look: it serves a small embedded checkpoint, with or without a GPU."
@@ -28,7 +28,7 @@ _SERVE_EPILOG = """\
 examples:
   idlm serve                                         the embedded checkpoint at http://127.0.0.1:30000
   idlm serve /models/I-DLM-8B --tp-size 2            a checkpoint on two GPUs
-  idlm serve /models/I-DLM-8B --max-stride 8         requests may ask for a stride of up to 8
+  idlm serve /models/I-DLM-8B --stride 4             four tokens proposed per forward, at every load
   idlm serve /models/I-DLM-8B --ar                   the same checkpoint, one token per forward, for comparison
   idlm serve /models/Qwen3-8B --idlm-lora /adapters/r128    Qwen3-8B's own answers, several tokens per forward
 
@@ -83,8 +83,8 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         allow_abbrev=False,
     )
     option = serve.add_argument
-    option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE}, or {AUTO}: the fastest, step by step (default {DEFAULT_STRIDE})")
-    option("--max-stride", metavar="N", help=f"the largest stride that {AUTO} may choose and a request ask for (default: the stride; {AUTO_MAX_STRIDE} with {AUTO})")
+    option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE}, or {AUTO}: the fastest, step by step (default {AUTO})")
+    option("--max-stride", metavar="N", help=f"the largest stride that {AUTO} may choose and a request ask for (default {AUTO_MAX_STRIDE}; a fixed stride's own)")
     option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
     option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")

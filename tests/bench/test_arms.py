@@ -14,7 +14,7 @@ from idlm_sglang.demo import CHECKPOINT_DIR
     [
         ("stock", Arm("stock", STOCK)),
         ("ar", Arm("ar", AR)),
-        ("isd", Arm("isd", ISD, 4)),
+        ("isd", Arm("isd", ISD, "auto")),
         ("isd:8", Arm("isd:8", ISD, 8)),
         ("isd:auto", Arm("isd:auto", ISD, "auto")),
         ("again=ar", Arm("again", AR)),

@@ -13,7 +13,7 @@ from idlm_sglang.engine.admission import plan_of, plan_request
 from idlm_sglang.engine.report import report, reported_seed
 from idlm_sglang.engine.requests import BatchRows, derived_seed, stride_limit
 
-SETTINGS = Settings(stride=4, max_stride=8)
+SETTINGS = Settings(stride=4, max_stride=8, auto=False)
 VOCAB = 32
 PROCESSOR = DisallowedTokensLogitsProcessor.to_str()
 
@@ -70,7 +70,7 @@ def test_modes(req, mode, reason):
 
 @pytest.mark.parametrize("req", [request(regex="a+"), request(json_schema="{}"), request(grammar=object())])
 def test_a_grammar_that_cannot_be_rolled_back_is_followed_one_token_per_step(req):
-    plan = plan_request(req, Settings(stride=4, max_stride=8, strided_grammars=False), 1)
+    plan = plan_request(req, Settings(stride=4, max_stride=8, auto=False, strided_grammars=False), 1)
     assert (plan.mode, plan.reason) == ("single", "grammar")
 
 

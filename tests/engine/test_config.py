@@ -12,13 +12,15 @@ from idlm_sglang.isd import layout
 
 
 def test_defaults():
-    assert read_settings(environ={}) == Settings(stride=4, max_stride=4, mask_token_id=None, sampling_rule="coupled", selfcheck=0.001, salvage="auto")
+    assert read_settings(environ={}) == Settings()
+    expected = {"stride": 4, "max_stride": 8, "auto": True, "mask_token_id": None, "sampling_rule": "coupled", "selfcheck": 0.001, "salvage": "auto"}
+    assert expected.items() <= vars(Settings()).items()
 
 
 def test_environment_and_flag():
     env = {"IDLM_STRIDE": "3", "IDLM_MAX_STRIDE": "8", "IDLM_MASK_TOKEN_ID": "7", "IDLM_SAMPLING_RULE": "rejection"}
-    assert read_settings(environ=env) == Settings(3, 8, 7, "rejection")
-    assert read_settings(num_steps=5, environ={}) == Settings(6, 6)
+    assert read_settings(environ=env) == Settings(3, 8, 7, "rejection", auto=False)
+    assert read_settings(num_steps=5, environ={}) == Settings(6, 6, auto=False)
     assert read_settings(num_steps=2, environ={"IDLM_STRIDE": "3"}).stride == 3
     assert read_settings(environ={"IDLM_STRIDE": "16"}).max_width == 31
     assert [read_settings(environ={"IDLM_SELFCHECK": text}).selfcheck for text in ("0", "1", "0.25", "1e-4")] == [0, 1, 0.25, 1e-4]
@@ -29,7 +31,8 @@ def test_the_live_page_is_on_unless_told_otherwise():
 
 
 def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
-    assert read_settings(environ={"IDLM_STRIDE": "auto"}) == Settings(4, 8, auto=True)
+    assert read_settings(environ={"IDLM_STRIDE": "auto"}) == read_settings(environ={}) == Settings(4, 8, auto=True)
+    assert read_settings(environ={"IDLM_MAX_STRIDE": "6"}) == Settings(4, 6, auto=True)
     assert read_settings(environ={"IDLM_STRIDE": "AUTO", "IDLM_MAX_STRIDE": "12"}) == Settings(4, 12, auto=True)
     assert read_settings(environ={"IDLM_STRIDE": "auto", "IDLM_MAX_STRIDE": "2"}) == Settings(2, 2, auto=True)
 
@@ -77,8 +80,8 @@ def test_settings_reach_the_processes_that_inherit_the_environment(monkeypatch):
     with pytest.raises(SettingError):
         handed_down()
     monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
-    hand_down(Settings(2, 8, 5, "rejection"))
-    assert handed_down() == Settings(2, 8, 5, "rejection")
+    hand_down(Settings(2, 8, 5, "rejection", auto=False))
+    assert handed_down() == Settings(2, 8, 5, "rejection", auto=False)
 
 
 def test_a_branch_needs_a_backend_that_hides_columns():

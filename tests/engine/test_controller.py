@@ -64,7 +64,7 @@ def a_request(mode=STRIDED, stride=None):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_kv_is_reserved_for_the_stride_in_use(overlap):
     worker = IsdWorker.__new__(IsdWorker)
-    worker.settings, worker.server_seed, worker.stride = Settings(stride=1, max_stride=8), 0, 1
+    worker.settings, worker.server_seed, worker.stride = Settings(stride=1, max_stride=8, auto=False), 0, 1
     worker._in_flight = 1
     # As in AR: the token that this step writes, and the one of a step whose result is not known yet.
     assert worker.columns_ahead([a_request(), a_request(SINGLE)], overlap) == 1 + overlap

@@ -27,7 +27,7 @@ def fake_worker(device, logits, salvage):
     worker = IsdWorker.__new__(IsdWorker)
     worker.device, worker.mask_id, worker.vocab, worker.last_position = device, 3, VOCAB, COLUMNS - 1
     worker.phases = StepPhases()
-    worker.settings = Settings(stride=K + 1, max_stride=K + 1, salvage=salvage)
+    worker.settings = Settings(stride=K + 1, max_stride=K + 1, auto=False, salvage=salvage)
     worker.state = SlotState(SLOTS, K, VOCAB, True, device)
     worker.counts = TokenCounts(SLOTS, VOCAB, device)
     worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)

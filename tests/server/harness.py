@@ -40,7 +40,11 @@ class Server:
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--dtype", dtype]
         # Idle schedulers would otherwise spin on the two cores the servers share.
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--sleep-on-idle", *flags]
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", "IDLM_SELFCHECK": "0", "IDLM_CPU_OVERLAP": "1", **(env or {})}
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", "IDLM_SELFCHECK": "0", "IDLM_CPU_OVERLAP": "1"}
+        if "--speculative-num-steps" not in flags:
+            # Fixed, so that a test knows its rows; those of the controller ask for it.
+            self.env["IDLM_STRIDE"] = "4"
+        self.env.update(env or {})
         self.process, self.ended = None, False
 
     def __enter__(self):
