@@ -24,6 +24,10 @@ BRANCH, CHAIN, OFF = "branch", "chain", "off"
 SALVAGE = (AUTO, BRANCH, CHAIN, OFF)
 ON = "on"
 
+# What turns logits into tokens: plain torch, or the Triton kernels; `engine.step_ops` resolves `auto`.
+TORCH, TRITON = "torch", "triton"
+STEP_OPS = (AUTO, TORCH, TRITON)
+
 
 class SettingError(SystemExit, ValueError):
     """A setting that cannot be served: one line that names it, its value and what is allowed.
@@ -52,6 +56,7 @@ class Settings:
         mixed_steps: with the overlap schedule off, a prefill's forward takes the decode step of the running requests along.
         live_page: serve the live page at ``/idlm``.
         lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
+        step_ops: what turns logits into tokens, ``torch`` or ``triton``; ``auto`` until `engine.step_ops` has resolved it.
     """
 
     stride: int = AUTO_FIRST_STRIDE
@@ -65,6 +70,7 @@ class Settings:
     mixed_steps: bool = True
     live_page: bool = True
     lora: str | None = None
+    step_ops: str = AUTO
 
     @property
     def max_width(self) -> int:
@@ -111,7 +117,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
     ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``,
-    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE`` and ``IDLM_LORA`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE``, ``IDLM_LORA`` and ``IDLM_STEP_OPS`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -153,6 +159,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     live = env.get("IDLM_LIVE_PAGE", ON)
     if live not in (ON, OFF):
         raise SettingError(f"IDLM_LIVE_PAGE={live!r} is not known; allowed: {ON}, {OFF}")
+    step_ops = env.get("IDLM_STEP_OPS", AUTO)
+    if step_ops not in STEP_OPS:
+        raise SettingError(f"IDLM_STEP_OPS={step_ops!r} is not known; allowed: {', '.join(STEP_OPS)}")
     lora = env.get("IDLM_LORA")
     if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
         raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
@@ -167,6 +176,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         mixed_steps=mixed == ON,
         live_page=live == ON,
         lora=lora,
+        step_ops=step_ops,
     )
 
 
@@ -178,9 +188,11 @@ def hand_down(settings: Settings) -> None:
     os.environ[_RESOLVED] = json.dumps(asdict(settings))
 
 
-def handed_down() -> Settings:
-    """The settings that the launching process resolved. Raises :class:`SettingError` where none did."""
+def handed_down(otherwise: Settings | None = None) -> Settings:
+    """The settings that the launching process resolved. Where none did: ``otherwise``, :class:`SettingError` without it."""
     text = os.environ.get(_RESOLVED)
+    if text is None and otherwise is not None:
+        return otherwise
     if text is None:
         raise SettingError("the launching process resolved no settings; start through --speculative-algorithm ISD")
     return _parsed(text)

@@ -106,9 +106,12 @@ def token_keyed_sampler(sampler, *_, **__):
     """
     from sglang.srt.layers.sampler import Sampler
 
+    from idlm_sglang.config import TORCH, Settings, handed_down
     from idlm_sglang.engine.sampler import TokenKeyedSampler
+    from idlm_sglang.engine.step_ops import step_ops
 
-    return TokenKeyedSampler() if type(sampler) is Sampler else sampler
+    # Nothing is handed down where AR serves a model that is none of ours.
+    return TokenKeyedSampler(step_ops(handed_down(Settings(step_ops=TORCH)).step_ops)) if type(sampler) is Sampler else sampler
 
 
 def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch, penalizers) -> None:

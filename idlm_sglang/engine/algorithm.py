@@ -9,6 +9,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from idlm_sglang import adapter, checkpoint
 from idlm_sglang.platform import accelerator_available
 from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, Settings, SettingError, hand_down, read_settings
+from idlm_sglang.engine.step_ops import resolve_step_ops
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,8 @@ class IsdAlgorithm(CustomSpecAlgo):
         compat.assert_applied()
         settings = read_settings(server_args.speculative_num_steps)
         refuse_unserved(server_args)
-        settings = replace(settings, salvage=resolve_salvage(settings.salvage, server_args))
+        salvage, step_ops = resolve_salvage(settings.salvage, server_args), resolve_step_ops(settings.step_ops, server_args.device)
+        settings = replace(settings, salvage=salvage, step_ops=step_ops)
         width = server_args.speculative_num_draft_tokens
         if width not in (None, settings.max_width):
             raise SettingError(

@@ -1,7 +1,7 @@
 """SGLang's sampler with token-keyed noise for seeded requests.
 
 Prefill and one-token-per-step decode choose here what the strided worker chooses by the coupled rule, from the same
-``target_scores``, so that a seeded request reads the same at any stride. Batches without a seeded request take
+ops (``engine.step_ops``), so that a seeded request reads the same at any stride. Batches without a seeded request take
 SGLang's own path, untouched.
 """
 
@@ -11,8 +11,8 @@ from sglang.srt.layers.sampler import Sampler, _SamplingMaskCapture, _select_sam
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.requests import server_seed
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.isd import noise
-from idlm_sglang.isd.target import SamplingRows, target_scores, truncation
+from idlm_sglang.engine.step_ops import StepOps
+from idlm_sglang.isd.target import SamplingRows, truncation
 
 
 def give_seeds(batch, info, wanted: bool = True) -> None:
@@ -34,20 +34,26 @@ def give_seeds(batch, info, wanted: bool = True) -> None:
 class TokenKeyedSampler(Sampler):
     """Draws by ``argmax(log p + g)``, g keyed by (seed, position, token id), when the batch carries ``idlm_seeds``."""
 
-    _scores: torch.Tensor | None = None
+    _rows: SamplingRows | None = None
+    _kept: torch.Tensor | None = None
+
+    def __init__(self, ops: StepOps):
+        super().__init__()
+        self._ops = ops
 
     def _preprocess_logits(self, logits, sampling_info):
         logits = super()._preprocess_logits(logits, sampling_info)
         seeds = getattr(sampling_info, "idlm_seeds", None)
         # Here the logits are still logits; what _sample_from_probs is handed has been through a softmax, whose
         # logarithm differs from the strided worker's scores in the last bits.
-        self._scores = None if seeds is None or sampling_info.is_all_greedy else self._target(logits, sampling_info, seeds)
+        self._rows = None if seeds is None or sampling_info.is_all_greedy else self._rows_of(sampling_info, seeds)
+        self._kept = None if self._rows is None else self._ops.keep(logits.float()[:, None], self._rows)
         return logits
 
     @staticmethod
-    def _target(logits, info, seeds) -> torch.Tensor:
+    def _rows_of(info, seeds) -> SamplingRows:
         cut = {"any_truncated": info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling}
-        rows = SamplingRows(
+        return SamplingRows(
             temperature=info.temperatures.view(-1),
             top_k=info.top_ks,
             top_p=info.top_ps,
@@ -58,16 +64,14 @@ class TokenKeyedSampler(Sampler):
             any_rejection=False,
             **getattr(info, "idlm_truncation", cut),
         )
-        return target_scores(logits.float()[:, None], rows)[:, 0]
 
     def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):
-        scores, self._scores = self._scores, None
-        if scores is None:
-            return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
-        g = noise.gumbel(sampling_info.idlm_seeds, positions.view(-1, 1), scores.shape[-1])[:, 0]
-        tokens = torch.where(sampling_info.top_ks <= 1, scores.argmax(-1), (scores + g).argmax(-1))
-        rows = sampling_info.sampling_mask_batch_indices
+        rows, kept, self._rows, self._kept = self._rows, self._kept, None, None
         if rows is None:
+            return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+        tokens = self._ops.draw(kept, rows, positions.view(-1))
+        masked = sampling_info.sampling_mask_batch_indices
+        if masked is None:
             return tokens, None
-        weights = _select_sampling_mask_rows(torch.softmax(scores, dim=-1), rows)
-        return tokens, _SamplingMaskCapture(weights=weights, token_ids=None, selected_weight=None, batch_rows=rows)
+        weights = _select_sampling_mask_rows(self._ops.probabilities(kept, rows), masked)
+        return tokens, _SamplingMaskCapture(weights=weights, token_ids=None, selected_weight=None, batch_rows=masked)

@@ -11,7 +11,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from idlm_sglang.engine.grammar import GrammarStep
 from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
-from idlm_sglang.isd import BRANCH, OFF, isd_step, row_offsets, step_positions, step_tokens, visible_rows
+from idlm_sglang.isd import BRANCH, OFF, row_offsets, step_positions, step_tokens, visible_rows
 from idlm_sglang.isd.layout import drafts_in_front, forks
 from idlm_sglang.isd.penalties import penalise
 
@@ -36,7 +36,7 @@ class StridedStep:
         self._worker, self._batch, self._rows, self._salvage = worker, batch, rows, salvage
         slots, committed, k = batch.req_pool_indices, batch.seq_lens, rows.drafts
         self.width = 2 * k + 1
-        carried = worker.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection)
+        carried = worker.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection and not worker.ops.q_stays_in_slots)
         self._grammars = GrammarStep(batch.reqs, rows.grammars, rows.limits_host, k, worker.vocab, worker.mask_id) if rows.grammars else None
         if self._grammars is not None:
             carried, failed = self._grammars.adjust(carried)
@@ -78,19 +78,9 @@ class StridedStep:
         worker, batch, rows, carried = self._worker, self._batch, self._rows, self._carried
         committed, k = batch.seq_lens, rows.drafts
         logits = self._with_request_terms(logits)
-        step = isd_step(
-            logits,
-            carried.drafts,
-            carried.counts,
-            carried.log_q,
-            carried.q,
-            rows.limits,
-            committed,
-            rows.sampling(batch.sampling_info),
-            self._seen,
-            self._salvage != OFF,
-        )
-        worker.state.store(batch.req_pool_indices, rows.numbers, committed + step.accept_lens, step.proposal)
+        slots, sampling = batch.req_pool_indices, rows.sampling(batch.sampling_info)
+        step = worker.ops.step(logits, carried, rows.limits, committed, sampling, self._seen, self._salvage != OFF, worker.state, slots)
+        worker.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
         if rows.penalised is not None:
             worker.count(batch, rows.penalised, step.tokens, step.accept_lens)
         output = LogitsProcessorOutput(next_token_logits=None)

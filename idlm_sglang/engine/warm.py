@@ -14,7 +14,6 @@ from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode,
 from idlm_sglang.engine.requests import STRIDED, BatchRows
 from idlm_sglang.engine.reserve import columns
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.isd import first_proposal
 
 _ROWS = "idlm_masks_behind"
 
@@ -128,5 +127,6 @@ def first_drafts(worker, batch, masked: list[int], rows: BatchRows, logits: torc
     info, lengths = batch.sampling_info, batch.seq_lens[index]
     if info.logit_bias is not None:
         proposing = proposing + info.logit_bias[index][:, None]
-    proposal = first_proposal(proposing, rows.limits[index], lengths, rows.sampling(info).at(index))
-    worker.state.store(batch.req_pool_indices[index], rows.numbers[index], lengths, proposal)
+    slots, sampling = batch.req_pool_indices[index], rows.sampling(info).at(index)
+    proposal = worker.ops.first(proposing, rows.limits[index], lengths, sampling, worker.state, slots)
+    worker.state.store(slots, rows.numbers[index], lengths, proposal)

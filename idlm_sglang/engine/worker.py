@@ -25,6 +25,7 @@ from idlm_sglang.engine.requests import BatchRows, server_seed, stride_limit
 from idlm_sglang.engine.single import SingleStep
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult
 from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.step_ops import step_ops
 from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.transfer import on_device
@@ -60,6 +61,7 @@ class IsdWorker(BaseSpecWorker):
         self.model_runner = target_worker.model_runner
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
+        self.ops = step_ops(self.settings.step_ops)
         self.stride = self.settings.stride
         self.auto = self.settings.auto
         self.control: StrideControl | None = None
@@ -106,12 +108,13 @@ class IsdWorker(BaseSpecWorker):
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
         self.counts = TokenCounts(slots, self.vocab, self.device)
         logger.info(
-            "idlm: stride %s (up to %d), MASK %d, sampling rule %s, salvage %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
+            "idlm: stride %s (up to %d), MASK %d, sampling rule %s, salvage %s, step ops %s, memory for q %.1f MB, for token counts %.1f MB, %d slots",
             AUTO if self.auto else self.stride,
             self.settings.max_stride,
             self.mask_id,
             self.settings.sampling_rule,
             self.settings.salvage,
+            self.settings.step_ops,
             SlotState.q_bytes(slots, drafts, self.vocab) / 2**20 if keep_q else 0.0,
             self.counts.counts.nbytes / 2**20,
             slots,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, SettingError, share, stride_or_auto, whole_number
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, STEP_OPS, SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
 
 DEFAULT_HOST = "127.0.0.1"
@@ -181,10 +181,10 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--ar and {_ALGORITHM} {algorithm} were both given; allowed: one of them")
     strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule}
     strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--mixed-steps": own.mixed_steps, "--idlm-lora": own.idlm_lora}
-    for flag, value in strided.items():
+    for flag, value in (strided | {"--step-ops": own.step_ops}).items():
         if value is None:
             continue
-        if own.ar:
+        if own.ar and flag in strided:
             raise SettingError(f"{flag} {value} has no meaning with --ar, which decodes one token per forward; allowed: one of them")
         if algorithm is not None and algorithm.upper() != ALGORITHM:
             raise SettingError(f"{flag} {value} has no meaning with {_ALGORITHM} {algorithm}; allowed: only with {ALGORITHM}")
@@ -199,6 +199,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--salvage {own.salvage} is not known; allowed: {', '.join(SALVAGE)}")
     if own.mixed_steps not in (None, ON, OFF):
         raise SettingError(f"--mixed-steps {own.mixed_steps} is not known; allowed: {ON}, {OFF}")
+    if own.step_ops not in (None, *STEP_OPS):
+        raise SettingError(f"--step-ops {own.step_ops} is not known; allowed: {', '.join(STEP_OPS)}")
     if own.idlm_lora is not None and not Path(own.idlm_lora).expanduser().is_dir():
         raise SettingError(f"--idlm-lora {own.idlm_lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
     if own.selfcheck is not None:
@@ -220,6 +222,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_SALVAGE": ("--salvage", own.salvage),
         "IDLM_MIXED_STEPS": ("--mixed-steps", own.mixed_steps),
         "IDLM_LORA": ("--idlm-lora", own.idlm_lora),
+        "IDLM_STEP_OPS": ("--step-ops", own.step_ops),
     }
     if own.no_live_page:
         typed["IDLM_LIVE_PAGE"] = ("--no-live-page", OFF)

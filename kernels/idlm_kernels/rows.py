@@ -105,6 +105,13 @@ def step_rows(counts: torch.Tensor, seq_lens: torch.Tensor, k: int, forks: torch
     return torch.where(row <= counts + k, row, -1), seq_lens.long()[:, None] + torch.where(row > counts, row - back, row)
 
 
+def plain_rows(first_positions: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and positions, both ``(B, rows)`` int64, of rows that are all read, at consecutive positions from ``first_positions`` ``(B,)`` on."""
+    row = torch.arange(rows, device=first_positions.device)
+    positions = first_positions.long()[:, None] + row
+    return row.expand_as(positions).contiguous(), positions
+
+
 @triton.jit
 def row_start(logits, stride_b, stride_w, bias, bitmask, width, vocab, request, number):
     """Pointers to one row of the logits, its bias and its bitmask. 448 rows of 151,936 fit 32 bits; a larger batch would not."""

@@ -1,6 +1,6 @@
-"""Everything between a step's logits and its committed tokens: choose, truncate, verify, store_q.
+"""Everything between logits and tokens: choose, truncate, verify, store_q.
 
-Launches: 2 for greedy and coupled requests without truncation, plus 1 for verification; 3 more where some request truncates; 2 more where some
+Launches of a step: 2 for greedy and coupled requests without truncation, plus 1 for verification; 3 more where some request truncates; 2 more where some
 request uses the rejection rule. No value is asked of the device.
 """
 
@@ -10,7 +10,27 @@ from idlm_kernels.choose import Draws, choose
 from idlm_kernels.rows import Rows, Sampling
 from idlm_kernels.store_q import store_q
 from idlm_kernels.truncate import truncate
-from idlm_kernels.verify import Verified, verify
+from idlm_kernels.verify import Verified, law_reference, verify
+
+__all__ = ["draw", "first_drafts", "isd_step", "law_reference"]
+
+
+def draw(rows: Rows, sampling: Sampling) -> Draws:
+    """A token of every row that is read, from the requests' own distributions."""
+    return truncate(rows, sampling, choose(rows, sampling))
+
+
+def first_drafts(rows: Rows, sampling: Sampling, q: torch.Tensor | None = None, slots: torch.Tensor | None = None) -> Draws:
+    """Drafts of MASK rows behind a prompt; `idlm_sglang.isd.step.first_proposal` is the same in plain torch.
+
+    Args:
+        rows: K columns, all read. q, slots: as for :func:`isd_step`, written only.
+    """
+    draws = draw(rows, sampling)
+    if sampling.any_rejection and q is not None:
+        columns = torch.arange(rows.index.shape[1], dtype=torch.int32, device=rows.index.device)
+        store_q(rows, sampling, draws, columns.expand(rows.index.shape).contiguous(), q, slots)
+    return draws
 
 
 def isd_step(
@@ -35,7 +55,7 @@ def isd_step(
             request uses the rejection rule. slots: ``(B,)`` int64, each request's row of q.
         forks, salvage: as for `idlm_sglang.isd.step.isd_step`.
     """
-    draws = truncate(rows, sampling, choose(rows, sampling))
+    draws = draw(rows, sampling)
     verified = verify(rows, sampling, draws, drafts, counts, log_q, limits, q, slots, forks, salvage)
     if sampling.any_rejection and q is not None:
         store_q(rows, sampling, draws, verified.columns, q, slots)

@@ -1,7 +1,8 @@
 """A strided step of the worker reads nothing back from the device.
 
 Fake tensors have no values: `.item()`, `.cpu()` on a fake cuda tensor, or a branch on a tensor fails under FakeTensorMode.
-The model's forward is replaced by fake logits and one gated layer; everything the worker itself does around it runs as it is.
+The model's forward is replaced by fake logits and one gated layer; everything the worker itself does around it runs as it is. Of the kernels
+only what surrounds their launches: a launch is handed its arguments, and reads nothing on the host.
 """
 
 from types import SimpleNamespace
@@ -9,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from triton.runtime.jit import JITFunction
 
-from idlm_sglang.config import BRANCH, CHAIN, OFF, Settings
+from idlm_sglang.config import BRANCH, CHAIN, OFF, TORCH, TRITON, Settings
 from idlm_sglang.engine.lora import Gate, LoraLinear
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
 from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.step_ops import step_ops
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.worker import IsdWorker
 from idlm_sglang.isd.penalties import PenaltyRows
@@ -23,10 +26,10 @@ from idlm_sglang.isd.penalties import PenaltyRows
 SLOTS, COLUMNS, VOCAB, K, BATCH = 9, 64, 50, 3, 4
 
 
-def fake_worker(device, logits, salvage):
+def fake_worker(device, logits, salvage, kind):
     worker = IsdWorker.__new__(IsdWorker)
     worker.device, worker.mask_id, worker.vocab, worker.last_position = device, 3, VOCAB, COLUMNS - 1
-    worker.phases = StepPhases()
+    worker.phases, worker.ops = StepPhases(), step_ops(kind)
     worker.settings = Settings(stride=K + 1, max_stride=K + 1, auto=False, salvage=salvage)
     worker.state = SlotState(SLOTS, K, VOCAB, True, device)
     worker.counts = TokenCounts(SLOTS, VOCAB, device)
@@ -96,10 +99,11 @@ def fake_batch(device):
     )
 
 
-def step(device, rejection, monkeypatch, salvage=OFF):
+def step(device, rejection, monkeypatch, salvage=OFF, kind=TORCH, launched=None):
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **_: launched.append(kernel.__name__))
     monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
     with FakeTensorMode(allow_non_fake_inputs=False):
-        worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device), salvage)
+        worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device), salvage, kind)
         published = []
         step = StridedStep(worker, fake_batch(device), fake_rows(device, rejection), salvage)
         result = step.finish(*step.verify(), published.append)
@@ -114,6 +118,24 @@ def test_a_strided_step_reads_nothing_back(device, salvage, rejection, monkeypat
     assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.round_stats.shape == (BATCH, 4)
     assert len(published) == 1, "the new lengths are published once per forward"
     assert result.next_token_ids.device.type == device
+
+
+@pytest.mark.parametrize("rejection", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_by_kernels_reads_nothing_back(device, rejection, monkeypatch):
+    launched = []
+    result, _ = step(device, rejection, monkeypatch, BRANCH, TRITON, launched)
+    assert launched == ["_scan", "_join", "_cut", "_collect", "_select", *["_residual"] * rejection, "_commit", *["_write"] * rejection]
+    assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.next_token_ids.device.type == device
+
+
+def test_a_read_between_launches_is_noticed(monkeypatch):
+    from idlm_kernels import step as kernels
+
+    draw = kernels.draw
+    monkeypatch.setattr(kernels, "draw", lambda rows, sampling: draw(rows, sampling) if int(rows.index.max()) else None)
+    with pytest.raises(DataDependentOutputException):
+        step("cpu", True, monkeypatch, kind=TRITON, launched=[])
 
 
 def test_a_planted_read_is_noticed(monkeypatch):

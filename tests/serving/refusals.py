@@ -81,6 +81,7 @@ CASES = (
     Case((), ("IDLM_STRIDE='four'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "four"}),
     Case((), ("IDLM_MAX_STRIDE=2", "; allowed: 4 to 16"), environ={"IDLM_MAX_STRIDE": "2"}),
     Case((), ("IDLM_SAMPLING_RULE='x'", "; allowed: coupled, rejection"), environ={"IDLM_SAMPLING_RULE": "x"}),
+    Case((), ("IDLM_STEP_OPS='cuda'", "; allowed: auto, torch, triton"), environ={"IDLM_STEP_OPS": "cuda"}),
     Case((), ("IDLM_MIXED_STEPS='yes'", "; allowed: on, off"), environ={"IDLM_MIXED_STEPS": "yes"}),
     Case((), ("IDLM_SALVAGE='on'", "; allowed: auto, branch, chain, off"), environ={"IDLM_SALVAGE": "on"}),
     Case((), ("IDLM_SELFCHECK='1.5'", "; allowed: a share from 0 (off) to 1"), environ={"IDLM_SELFCHECK": "1.5"}),
@@ -103,4 +104,6 @@ CASES = (
     # What this machine lacks.
     Case(("--device", "cuda"), ("--device cuda", "; allowed: cpu"), cpu_only=True),
     Case(("--attention-backend", "flashinfer"), ("--attention-backend flashinfer", "; allowed: torch_native"), cpu_only=True),
+    Case((), ("IDLM_STEP_OPS=triton", "without one; allowed: auto, torch, or TRITON_INTERPRET=1"), environ={"IDLM_STEP_OPS": "triton"}, cpu_only=True),
+    Case(("--speculative-algorithm", "NGRAM"), ("IDLM_STEP_OPS=triton", "; allowed: auto, torch"), environ={"IDLM_STEP_OPS": "triton"}, cpu_only=True),
 )

@@ -64,7 +64,7 @@ def test_ar_serves_the_same_checkpoint_without_an_algorithm():
 
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
-    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain", "--mixed-steps", "off")
+    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain", "--mixed-steps", "off", "--step-ops", "torch")
     assert got.environ == {
         "IDLM_STRIDE": "3",
         "IDLM_MAX_STRIDE": "8",
@@ -73,6 +73,7 @@ def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
         "IDLM_SELFCHECK": "0.5",
         "IDLM_SALVAGE": "chain",
         "IDLM_MIXED_STEPS": "off",
+        "IDLM_STEP_OPS": "torch",
     }
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 
@@ -90,6 +91,10 @@ def test_the_embedded_pair_is_a_base_and_its_adapter_and_with_ar_the_base_alone(
     plain = launch("--demo", "risd", "--ar")
     assert plain.argv[1] == str(RISD_BASE_DIR) and plain.environ == {}
     assert launch("--demo", "idlm").argv == launch().argv
+
+
+def test_step_ops_are_of_ar_serving_too():
+    assert launch("--ar", "--step-ops", "torch").environ == {"IDLM_STEP_OPS": "torch"}
 
 
 def test_metrics_can_be_left_out():
@@ -122,6 +127,8 @@ def test_the_address_is_one_a_client_can_use(host, address):
         (["--mask-token-id", "x"], "--mask-token-id x is not valid; allowed: an integer >= 0"),
         (["--sampling-rule", "exact"], "--sampling-rule exact is not known; allowed: coupled, rejection"),
         (["--salvage", "on"], "--salvage on is not known; allowed: auto, branch, chain, off"),
+        (["--step-ops", "cuda"], "--step-ops cuda is not known; allowed: auto, torch, triton"),
+        (["--speculative-algorithm", "EAGLE", "--step-ops", "torch"], "--step-ops torch has no meaning with --speculative-algorithm EAGLE"),
         (["--ar", "--salvage", "off"], "--salvage off has no meaning with --ar"),
         (["--idlm-lora", "/no/such"], "--idlm-lora /no/such is not a directory; allowed: the directory of an adapter"),
         (["--ar", "--idlm-lora", "/tmp"], "--idlm-lora /tmp has no meaning with --ar"),

@@ -1,0 +1,222 @@
+"""The worker's own steps by both kinds of step ops: the same logits, the same tokens, drafts and figures.
+
+Everything is the worker's as it is (state, penalties, grammars, rows) but the model's forward, whose logits are made up.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from idlm_sglang.config import BRANCH, CHAIN, OFF, TORCH, TRITON, Settings
+from idlm_sglang.demo import CHECKPOINT_DIR
+from idlm_sglang.engine.lora import Gate
+from idlm_sglang.engine.penalties import TokenCounts
+from idlm_sglang.engine.phases import StepPhases
+from idlm_sglang.engine.requests import STRIDED, BatchRows, RequestPlan
+from idlm_sglang.engine.spec_io import IsdVerifyInput
+from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.step_ops import TritonOps, step_ops
+from idlm_sglang.engine.strided import StridedStep
+from idlm_sglang.engine.warm import first_drafts
+from idlm_sglang.engine.worker import IsdWorker
+from idlm_sglang.isd import SamplingRows
+from idlm_sglang.isd.target import TOP_K_OFF
+from tests.engine.test_grammar import xgrammar_object
+from tests.kernels.common import MIXED, parameters, random_logits
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.test_step import RULES
+
+VOCAB, MASK, K, SLOTS, COLUMNS = 1024, 3, 3, 12, 96
+PROMPT = 10
+SAMPLED = dict(temperature=1.0, top_k=TOP_K_OFF, top_p=1.0, min_p=0.0)
+PENALTIES = dict(frequency_penalty=0.6, presence_penalty=0.8, repetition_penalty=1.3, min_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
+
+
+def request(number: int, coupled: bool = True, grammar=None, limit: int | None = None, **params):
+    plan = RequestPlan(number, STRIDED, "default", limit, 1_000_003 * number, coupled)
+    neutral = dict(frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0, stop_token_ids=[7, 9])
+    params = SimpleNamespace(**{**SAMPLED, **neutral, **params})
+    req = SimpleNamespace(idlm_plan=plan, sampling_params=params, grammar=grammar, tokenizer=None, eos_token_ids=[2], origin_input_ids=[0] * PROMPT)
+    req.finished = lambda: False
+    return req
+
+
+def mixture(tokenizer) -> list:
+    """Every rule, truncation and addition to the logits."""
+    return [
+        request(1, top_k=1),
+        request(2, temperature=0.8),
+        request(3, coupled=False),
+        request(4, coupled=False, temperature=0.7, top_k=20, top_p=0.9, **PENALTIES),
+        request(5, temperature=1.2, min_p=0.05, limit=3, **PENALTIES),
+        request(6, grammar=xgrammar_object(tokenizer, "[a-f]{2,30}")),
+        request(7, top_k=1, **PENALTIES),
+    ]
+
+
+class Arm:
+    """A worker with its own requests, fed logits from outside."""
+
+    def __init__(self, kind: str, reqs: list, salvage: str, device: str):
+        worker = IsdWorker.__new__(IsdWorker)
+        worker.device, worker.mask_id, worker.vocab, worker.last_position = device, MASK, VOCAB, COLUMNS - 1
+        worker.phases, worker.ops = StepPhases(), step_ops(kind)
+        worker.settings = Settings(stride=K + 1, max_stride=K + 2, salvage=salvage)
+        worker.state = SlotState(SLOTS, K + 1, VOCAB, True, device)
+        worker.counts = TokenCounts(SLOTS, VOCAB, device)
+        worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
+        worker.gate = Gate(adapted=False)
+        worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
+        self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
+        self.rows = BatchRows(reqs, [req.idlm_plan for req in reqs], worker.settings, K + 1, VOCAB, device)
+        params = [req.sampling_params for req in reqs]
+        column = lambda name, dtype: torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+        info = SimpleNamespace(
+            temperatures=column("temperature", torch.float32)[:, None], top_ks=column("top_k", torch.int32),
+            top_ps=column("top_p", torch.float32), min_ps=column("min_p", torch.float32), has_custom_logit_processor=False,
+            logit_bias=torch.randn(len(reqs), VOCAB, generator=torch.Generator().manual_seed(1)).to(device),
+        )  # fmt: skip
+        slots = torch.randperm(SLOTS - 1, generator=torch.Generator().manual_seed(2))[: len(reqs)] + 1
+        lengths = torch.arange(PROMPT, PROMPT + len(reqs))
+        self.batch = SimpleNamespace(
+            reqs=reqs, req_pool_indices=slots.to(device), seq_lens=lengths.to(device), sampling_info=info, return_logprob=False,
+            spec_info=SimpleNamespace(bonus_tokens=torch.full((len(reqs),), 40, device=device)),
+        )  # fmt: skip
+        worker.counts.restart(self.batch.req_pool_indices, [[40, 50, 50] for _ in reqs])
+
+    def first(self, logits: torch.Tensor) -> None:
+        rows = list(range(0, len(self.reqs), 2))
+        first_drafts(self.worker, self.batch, rows, self.rows, logits[: len(rows), :K].reshape(len(rows) * K, VOCAB).to(self.device))
+
+    def prepare(self, logits: torch.Tensor) -> None:
+        """The next forward gives these logits ``(B, 2K + 1, V)``."""
+        logits_output = SimpleNamespace(next_token_logits=logits.to(self.device).view(-1, VOCAB).clone())
+        self.out = SimpleNamespace(logits_output=logits_output, can_run_cuda_graph=False, expert_distribution_metrics=None)
+
+    def run(self):
+        step = StridedStep(self.worker, self.batch, self.rows, self.salvage)
+        return step.finish(*step.verify())
+
+    def step(self, logits: torch.Tensor) -> tuple[list[list[int]], torch.Tensor]:
+        """Committed tokens by request, and the step's figures."""
+        count = len(self.reqs)
+        self.prepare(logits)
+        result = self.run()
+        lens = result.accept_lens.tolist()
+        tokens = [row[:n] for row, n in zip(result.next_token_ids.view(count, K + 1).tolist(), lens)]
+        for req, committed in zip(self.reqs, tokens):
+            if req.grammar is not None:
+                for token in committed:
+                    req.grammar.accept_token(token)
+        self.batch.seq_lens, self.batch.spec_info = result.new_seq_lens, result.next_draft_input
+        return tokens, result.round_stats
+
+    def carried(self) -> tuple:
+        """Per request: clean count, valid drafts with their log q, and q of those that are drawn by it."""
+        state, slots = self.worker.state, self.batch.req_pool_indices.tolist()
+        found, real = [], []
+        for slot, req in zip(slots, self.reqs):
+            n = int(state.counts[slot])
+            found.append((int(state.clean_counts[slot]), int(state.lengths[slot]), state.drafts[slot, :n].tolist()))
+            by_q = req.sampling_params.top_k > 1 and not req.idlm_plan.coupled
+            real += [state.log_q[slot, :n], *([state.q[slot, :n].flatten()] if by_q else [])]
+        return found, torch.cat(real)
+
+
+@pytest.mark.parametrize("salvage", [OFF, BRANCH, CHAIN])
+def test_both_kinds_of_ops_take_the_worker_through_the_same_steps(salvage, tokenizer, device, monkeypatch):
+    """Warm first drafts for every other request, then steps that accept some drafts and reject some, by every rule side by side."""
+    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+    arms = [Arm(kind, mixture(tokenizer), salvage, device) for kind in (TORCH, TRITON)]
+    random = torch.Generator().manual_seed(9)
+    count, accepted, rejected = len(arms[0].reqs), 0, 0
+    # What all rows have in common makes drafts good; the rest makes some fall.
+    common = torch.randn(VOCAB, generator=random) * 3
+    close = dict(rtol=1e-5, atol=2e-6)
+    for number in range(3):
+        logits = common + torch.randn(count, 2 * K + 1, VOCAB, generator=random) * 0.6
+        logits[..., MASK] = float("-inf")
+        if number == 0:
+            for arm in arms:
+                arm.first(logits)
+            (plain, plain_real), (kernels, kernels_real) = (arm.carried() for arm in arms)
+            assert plain == kernels and any(drafts for *_, drafts in plain)
+            torch.testing.assert_close(kernels_real, plain_real, **close)
+        (want, stats), (got, kernel_stats) = (arm.step(logits) for arm in arms)
+        assert got == want
+        torch.testing.assert_close(kernel_stats, stats, rtol=1e-5, atol=1e-5)
+        (plain, plain_real), (kernels, kernels_real) = (arm.carried() for arm in arms)
+        assert kernels == plain
+        torch.testing.assert_close(kernels_real, plain_real, **close)
+        assert torch.equal(arms[0].worker.counts.counts, arms[1].worker.counts.counts)
+        accepted += sum(len(tokens) - 1 for tokens in want)
+        rejected += int((stats[:, 1] < stats[:, 0]).sum())
+    print(f"salvage {salvage}: {accepted} drafts accepted, {rejected} rounds ended by a rejection")
+    assert accepted >= 5 and rejected >= 3
+
+
+def rows_with(params: list, device: str) -> SamplingRows:
+    return parameters(params, device, seed=3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("kind", [TORCH, TRITON])
+def test_a_decode_step_of_the_worker_does_not_wait_for_the_device(kind, tokenizer, device, monkeypatch):
+    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+    arm = Arm(kind, [req for req in mixture(tokenizer) if req.grammar is None], CHAIN, device)
+    arm.prepare(torch.randn(len(arm.reqs), 2 * K + 1, VOCAB))
+    arm.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        arm.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [TORCH, TRITON])
+def test_the_sampler_draws_what_a_cold_step_commits(kind, device):
+    """Prefill and stride 1 go through `keep` and `draw`; the logits are overwritten in between, as SGLang's sampler does."""
+    params = [p for p in MIXED if p.coupled or p.top_k == 1] + [RULES["coupled"]]
+    ops, rows = step_ops(kind), rows_with(params, device)
+    count, seq_lens = len(params), torch.arange(5, 5 + len(params), device=device)
+    logits = random_logits(count, 2 * K + 1, 300, 8, device)
+    none = torch.zeros(count, dtype=torch.int64, device=device)
+    carried = SimpleNamespace(drafts=none[:, None].expand(-1, K).contiguous(), counts=none, log_q=torch.zeros(count, K, device=device), q=None)
+    state = SlotState(count + 1, K, 300, False, device)
+    step = ops.step(logits.clone(), carried, none + K, seq_lens, rows, none, True, state, none)
+    single = logits[:, :1].clone()
+    kept = ops.keep(single, rows)
+    single.fill_(float("nan"))
+    assert torch.equal(ops.draw(kept, rows, seq_lens.to(torch.int32)), step.last) and (step.accept_lens == 1).all()
+    # The drafts of that step, drawn by the rows that `first` knows as those behind a prompt one token longer.
+    first = ops.first(logits[:, 1 : K + 1].clone(), none + K, seq_lens + 1, rows, state, none)
+    assert torch.equal(first.drafts, step.proposal.drafts) and torch.equal(first.counts, step.proposal.counts)
+    assert torch.equal(first.log_q, step.proposal.log_q)
+
+
+def test_both_kinds_know_the_same_probabilities(device):
+    """What AR serving returns as a sampling mask."""
+    rows = rows_with(MIXED, device)
+    logits = random_logits(len(MIXED), 1, 300, 12, device)
+    want, got = (ops.probabilities(ops.keep(logits.clone(), rows), rows) for ops in (step_ops(TORCH), step_ops(TRITON)))
+    assert torch.equal(want > 0, got > 0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_wrong_kernel_step_is_noticed(tokenizer, device, monkeypatch):
+    """The steps are compared in earnest: q of the wrong slots is enough."""
+    step = TritonOps.step
+
+    def elsewhere(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots):
+        return step(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots.flip(0))
+
+    monkeypatch.setattr(TritonOps, "step", elsewhere)
+    with pytest.raises(AssertionError):
+        test_both_kinds_of_ops_take_the_worker_through_the_same_steps(OFF, tokenizer, device, monkeypatch)
