@@ -40,7 +40,9 @@ class StepOps(Protocol):
     ) -> StepOutcome:  # fmt: skip
         """`isd.isd_step` on the drafts ``carried``; ``slots`` ``(B,)`` int64."""
 
-    def first(self, logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows, state: SlotState, slots: torch.Tensor) -> Proposal:
+    def first(
+        self, logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows, state: SlotState, slots: torch.Tensor
+    ) -> Proposal:  # fmt: skip
         """`isd.first_proposal`."""
 
     def keep(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -85,7 +87,7 @@ class TritonOps:
 
         self._rows, self._step = rows, step
         if interpreted():
-            logger.warning("idlm: IDLM_STEP_OPS=%s under TRITON_INTERPRET=1: kernels are interpreted on the host, for tests; steps take many times as long", TRITON)
+            logger.warning("idlm: IDLM_STEP_OPS=%s under TRITON_INTERPRET=1: kernels are interpreted on the host, slowly, for tests", TRITON)
 
     def step(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots) -> StepOutcome:
         index, positions = self._rows.step_rows(carried.counts, seq_lens, carried.drafts.shape[1], forks)
@@ -140,5 +142,6 @@ def resolve_step_ops(setting: str, device: str | None) -> str:
         if importlib.util.find_spec("triton") is None:
             raise SettingError(f"IDLM_STEP_OPS={TRITON} needs Triton, which is not installed; allowed: {AUTO}, {TORCH}")
         if not on_cuda and not interpreted():
-            raise SettingError(f"IDLM_STEP_OPS={TRITON} needs a CUDA GPU, and this server runs without one; allowed: {AUTO}, {TORCH}, or TRITON_INTERPRET=1 for tests")
+            allowed = f"{AUTO}, {TORCH}, or TRITON_INTERPRET=1 for tests"
+            raise SettingError(f"IDLM_STEP_OPS={TRITON} needs a CUDA GPU, and this server runs without one; allowed: {allowed}")
     return setting

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, STEP_OPS, SettingError, share, stride_or_auto, whole_number
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, STEP_OPS
+from idlm_sglang.config import SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
 
 DEFAULT_HOST = "127.0.0.1"

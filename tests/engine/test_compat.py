@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from idlm_sglang import compat
-from idlm_sglang.config import SettingError
+from idlm_sglang.config import SettingError, handed_down
 
 
 @pytest.mark.parametrize("found", ["0.5.23", "0.5.23.post1"])
@@ -106,15 +106,17 @@ class _Config(SimpleNamespace):
 def mapped(architectures, **args):
     """The architectures and MASK that serve_as_idlm leaves for a checkpoint of these architectures."""
     fields = {"speculative_algorithm": None, "dllm_algorithm": None, "tokenizer_path": None, "model_path": "x"}
-    fields |= {"trust_remote_code": False, "revision": None, "skip_tokenizer_init": True} | args
+    fields |= {"trust_remote_code": False, "revision": None, "skip_tokenizer_init": True, "device": "cpu"} | args
     hf = SimpleNamespace(architectures=list(architectures), mask_token_id=3, vocab_size=10)
     compat.serve_as_idlm(_Config(hf_config=hf), SimpleNamespace(**fields))
     return hf.architectures
 
 
-def test_which_checkpoints_become_idlm():
+def test_which_checkpoints_become_idlm(monkeypatch):
+    monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
     ours = ["IDLMForCausalLM"]
     assert mapped(["SDARForCausalLM"]) == ours, "AR serving of a published checkpoint (rollback)"
+    assert handed_down().step_ops == "torch", "the sampler of AR serving has the ops of the settings, too"
     assert mapped(["SDARForCausalLM"], speculative_algorithm="ISD") == ours
     assert mapped(["Qwen3ForCausalLM"], speculative_algorithm="ISD") == ours
     assert mapped(["SDARForCausalLM"], dllm_algorithm="LowConfidence") == ["SDARForCausalLM"], "genuine SDAR stays SGLang's"
