@@ -159,9 +159,6 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     live = env.get("IDLM_LIVE_PAGE", ON)
     if live not in (ON, OFF):
         raise SettingError(f"IDLM_LIVE_PAGE={live!r} is not known; allowed: {ON}, {OFF}")
-    step_ops = env.get("IDLM_STEP_OPS", AUTO)
-    if step_ops not in STEP_OPS:
-        raise SettingError(f"IDLM_STEP_OPS={step_ops!r} is not known; allowed: {', '.join(STEP_OPS)}")
     lora = env.get("IDLM_LORA")
     if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
         raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
@@ -176,8 +173,16 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         mixed_steps=mixed == ON,
         live_page=live == ON,
         lora=lora,
-        step_ops=step_ops,
+        step_ops=read_step_ops(env),
     )
+
+
+def read_step_ops(environ: dict[str, str] | None = None) -> str:
+    """``IDLM_STEP_OPS``, which AR serving has, too."""
+    kind = (os.environ if environ is None else environ).get("IDLM_STEP_OPS", AUTO)
+    if kind not in STEP_OPS:
+        raise SettingError(f"IDLM_STEP_OPS={kind!r} is not known; allowed: {', '.join(STEP_OPS)}")
+    return kind
 
 
 _RESOLVED = "IDLM_RESOLVED_SETTINGS"
@@ -188,11 +193,9 @@ def hand_down(settings: Settings) -> None:
     os.environ[_RESOLVED] = json.dumps(asdict(settings))
 
 
-def handed_down(otherwise: Settings | None = None) -> Settings:
-    """The settings that the launching process resolved. Where none did: ``otherwise``, :class:`SettingError` without it."""
+def handed_down() -> Settings:
+    """The settings that the launching process resolved. Raises :class:`SettingError` where none did."""
     text = os.environ.get(_RESOLVED)
-    if text is None and otherwise is not None:
-        return otherwise
     if text is None:
         raise SettingError("the launching process resolved no settings; start through --speculative-algorithm ISD")
     return _parsed(text)

@@ -106,12 +106,11 @@ def token_keyed_sampler(sampler, *_, **__):
     """
     from sglang.srt.layers.sampler import Sampler
 
-    from idlm_sglang.config import TORCH, Settings, handed_down
+    from idlm_sglang.config import handed_down
     from idlm_sglang.engine.sampler import TokenKeyedSampler
     from idlm_sglang.engine.step_ops import step_ops
 
-    # Nothing is handed down where AR serves a model that is none of ours.
-    return TokenKeyedSampler(step_ops(handed_down(Settings(step_ops=TORCH)).step_ops)) if type(sampler) is Sampler else sampler
+    return TokenKeyedSampler(step_ops(handed_down().step_ops)) if type(sampler) is Sampler else sampler
 
 
 def penalties_in_order(original: Callable, orchestrator, vocab_size: int, batch, penalizers) -> None:

@@ -1,7 +1,6 @@
 """Before a server serves: sizes, model class and configuration, settings that cannot be served."""
 
 import os
-from dataclasses import replace
 
 from idlm_sglang.compat.running import is_isd
 from idlm_sglang.config import ALGORITHM, SettingError
@@ -30,13 +29,16 @@ def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
 
     from idlm_sglang import checkpoint
     from idlm_sglang.adapter import read_adapter
-    from idlm_sglang.config import hand_down, read_settings
+    from idlm_sglang.config import Settings, hand_down, read_settings, read_step_ops
     from idlm_sglang.engine.step_ops import resolve_step_ops
 
     cfg = resolving_view(server_args)
     hf = config.hf_config
     names = list(hf.architectures or [])
     isd = (cfg.speculative_algorithm or "").upper() == ALGORITHM
+    if not isd:
+        # The sampler is ours in any case: a seeded answer is the same in AR serving and with ISD.
+        hand_down(Settings(step_ops=resolve_step_ops(read_step_ops(), cfg.device)))
     ours = {checkpoint.ARCHITECTURE, checkpoint.PUBLISHED_ARCHITECTURE} | ({checkpoint.AR_ARCHITECTURE} if isd else set())
     if cfg.dllm_algorithm is not None or not ours & set(names):
         return
@@ -48,9 +50,6 @@ def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
 
     loader = None if cfg.skip_tokenizer_init else load_tokenizer
     settings = read_settings()
-    if not isd:
-        # AR serving has the sampler alone: a seeded answer is the same here and there.
-        hand_down(replace(settings, step_ops=resolve_step_ops(settings.step_ops, cfg.device)))
     lora = settings.lora if isd else None
     adapters = None if lora is None else read_adapter(lora).mask_token_id
     hf.mask_token_id, _ = checkpoint.resolve_mask_token_id(hf, loader, settings.mask_token_id, hf.vocab_size, adapters)

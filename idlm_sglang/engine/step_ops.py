@@ -8,6 +8,7 @@ last bits, and a seeded request must not meet both.
 import importlib.util
 import logging
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -108,8 +109,11 @@ class TritonOps:
         return self._step.draw(self._plain(kept, positions), rows).tokens[:, 0]
 
     def probabilities(self, kept, rows) -> torch.Tensor:
-        read = self._plain(kept, torch.zeros_like(rows.seed))
-        return self._step.law_reference(read, rows, self._step.draw(read, rows)).exp()[:, 0]
+        # Written by the kernel that writes q: another device function's exp would put the edge of a support elsewhere.
+        by_q = replace(rows, coupled=torch.zeros_like(rows.coupled), any_rejection=True)
+        out = torch.softmax(kept, dim=-1)
+        self._step.first_drafts(self._plain(kept, torch.zeros_like(rows.seed)), by_q, out, torch.arange(len(out), device=out.device))
+        return out[:, 0]
 
     def _plain(self, logits: torch.Tensor, first_positions: torch.Tensor):
         """Rows that are all read, at consecutive positions."""

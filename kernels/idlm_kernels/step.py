@@ -10,9 +10,7 @@ from idlm_kernels.choose import Draws, choose
 from idlm_kernels.rows import Rows, Sampling
 from idlm_kernels.store_q import store_q
 from idlm_kernels.truncate import truncate
-from idlm_kernels.verify import Verified, law_reference, verify
-
-__all__ = ["draw", "first_drafts", "isd_step", "law_reference"]
+from idlm_kernels.verify import Verified, verify
 
 
 def draw(rows: Rows, sampling: Sampling) -> Draws:
