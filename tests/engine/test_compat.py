@@ -6,9 +6,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from idlm_sglang import compat
-from idlm_sglang.config import SettingError, handed_down
+from idlm_sglang.config import SettingError, Settings, hand_down, handed_down
 
 
 @pytest.mark.parametrize("found", ["0.5.23", "0.5.23.post1"])
@@ -91,6 +92,18 @@ def test_the_sampler_is_replaced_only_where_it_is_the_stock_one():
 
     custom = Custom()
     assert compat.token_keyed_sampler(custom) is custom
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_the_sampler_draws_by_the_ops_of_the_settings(kind, monkeypatch):
+    from sglang.srt.layers.sampler import Sampler
+
+    from idlm_sglang.engine.step_ops import step_ops
+
+    monkeypatch.setattr(Sampler, "__init__", torch.nn.Module.__init__)
+    monkeypatch.setenv("IDLM_RESOLVED_SETTINGS", "")
+    hand_down(Settings(step_ops=kind))
+    assert compat.token_keyed_sampler(Sampler())._ops is step_ops(kind)
 
 
 def test_targets_are_where_the_patches_say():

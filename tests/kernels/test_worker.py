@@ -15,6 +15,7 @@ from idlm_sglang.engine.lora import Gate
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
 from idlm_sglang.engine.requests import STRIDED, BatchRows, RequestPlan
+from idlm_sglang.engine.sampler import TokenKeyedSampler
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.state import SlotState
 from idlm_sglang.engine.step_ops import TritonOps, step_ops
@@ -22,7 +23,7 @@ from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.warm import first_drafts
 from idlm_sglang.engine.worker import IsdWorker
 from idlm_sglang.isd import SamplingRows
-from idlm_sglang.isd.target import TOP_K_OFF
+from idlm_sglang.isd.target import TOP_K_OFF, truncation
 from tests.engine.test_grammar import xgrammar_object
 from tests.kernels.common import MIXED, parameters, random_logits
 from tests.kernels.conftest import INTERPRETED
@@ -182,7 +183,7 @@ def test_a_decode_step_of_the_worker_does_not_wait_for_the_device(kind, tokenize
 
 @pytest.mark.parametrize("kind", [TORCH, TRITON])
 def test_the_sampler_draws_what_a_cold_step_commits(kind, device):
-    """Prefill and stride 1 go through `keep` and `draw`; the logits are overwritten in between, as SGLang's sampler does."""
+    """Our part of SGLang's sampler, for prefill and stride 1: the logits are overwritten between its two calls."""
     params = [p for p in MIXED if p.coupled or p.top_k == 1] + [RULES["coupled"]]
     ops, rows = step_ops(kind), rows_with(params, device)
     count, seq_lens = len(params), torch.arange(5, 5 + len(params), device=device)
@@ -191,10 +192,18 @@ def test_the_sampler_draws_what_a_cold_step_commits(kind, device):
     carried = SimpleNamespace(drafts=none[:, None].expand(-1, K).contiguous(), counts=none, log_q=torch.zeros(count, K, device=device), q=None)
     state = SlotState(count + 1, K, 300, False, device)
     step = ops.step(logits.clone(), carried, none + K, seq_lens, rows, none, True, state, none)
-    single = logits[:, :1].clone()
-    kept = ops.keep(single, rows)
+    sampler, single = TokenKeyedSampler.__new__(TokenKeyedSampler), logits[:, 0].clone()
+    torch.nn.Module.__init__(sampler)
+    sampler._ops = ops
+    info = SimpleNamespace(
+        idlm_seeds=rows.seed, idlm_truncation=truncation((p.top_k, p.top_p, p.min_p) for p in params), temperatures=rows.temperature[:, None],
+        top_ks=rows.top_k, top_ps=rows.top_p, min_ps=rows.min_p, is_all_greedy=False, has_custom_logit_processor=False,
+        need_top_k_sampling=True, need_top_p_sampling=True, need_min_p_sampling=True, sampling_mask_batch_indices=None,
+    )  # fmt: skip
+    sampler._preprocess_logits(single, info)
     single.fill_(float("nan"))
-    assert torch.equal(ops.draw(kept, rows, seq_lens.to(torch.int32)), step.last) and (step.accept_lens == 1).all()
+    tokens, _ = sampler._sample_from_probs(single, info, seq_lens.to(torch.int32), False)
+    assert torch.equal(tokens, step.last) and (step.accept_lens == 1).all()
     # The drafts of that step, drawn by the rows that `first` knows as those behind a prompt one token longer.
     first = ops.first(logits[:, 1 : K + 1].clone(), none + K, seq_lens + 1, rows, state, none)
     assert torch.equal(first.drafts, step.proposal.drafts) and torch.equal(first.counts, step.proposal.counts)

@@ -8,7 +8,7 @@ import pytest
 from tests.server.harness import CHECKPOINT, Server, differing, held_out_prompts, prompts
 from tests.server.test_penalties_grammars import SCHEMA
 
-SHORT = {"max_new_tokens": 20}
+SHORT = {"max_new_tokens": 16}
 GREEDY = [
     {},
     {"presence_penalty": 1.5, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "min_new_tokens": 12},
