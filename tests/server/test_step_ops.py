@@ -1,10 +1,11 @@
-"""A server whose tokens come from the Triton kernels, interpreted on the CPU: the answers are those of plain torch.
+"""A server whose tokens come from the Triton kernels, interpreted where there is no GPU: the answers are those of plain torch.
 
 Interpreted kernels are slow, so requests are few and short. Without the overlap schedule, so that decode steps ride in prompts' forwards, too.
 """
 
 import pytest
 
+from idlm_sglang.platform import accelerator_available
 from tests.server.harness import CHECKPOINT, Server, differing, held_out_prompts, prompts
 from tests.server.test_penalties_grammars import SCHEMA
 
@@ -27,7 +28,7 @@ SEEDED = [
 
 @pytest.fixture(scope="module")
 def kernels(logs):
-    env = {"IDLM_STEP_OPS": "triton", "TRITON_INTERPRET": "1", "IDLM_SAMPLING_RULE": "rejection"}
+    env = {"IDLM_STEP_OPS": "triton", "IDLM_SAMPLING_RULE": "rejection", **({} if accelerator_available() else {"TRITON_INTERPRET": "1"})}
     flags = ["--disable-overlap-schedule", "--chunked-prefill-size", "32", "--enable-metrics"]
     with Server("kernels", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env) as server:
         yield server
@@ -64,6 +65,7 @@ def test_logprobs_and_the_rejection_rule(ar, kernels):
     assert kernels.info()["internal_states"][0]["idlm"]["introspective_acceptance"] > 0.3
 
 
+@pytest.mark.skipif(accelerator_available(), reason="kernels are compiled on a GPU")
 def test_sglang_keeps_its_own_kernels_out_and_the_log_warns_once(kernels):
     assert kernels.info()["attention_backend"] == "torch_native"
     log = kernels.log.read_text(errors="replace")
