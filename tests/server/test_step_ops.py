@@ -24,6 +24,8 @@ SEEDED = [
     {"temperature": 0.9, "presence_penalty": 0.9},
     {"temperature": 1.0, "regex": "[a-z ]{10,30}"},
 ]
+# Raw words, behind which the checkpoint is not sure of anything: another noise gives another answer.
+UNSURE = ["river stone quiet lamp", "seven paper lanterns", "winter engine copper glass", "market blue window", "meadow"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_greedy_answers_are_ars(ar, kernels):
 
 def test_seeded_answers_are_the_same_at_one_token_per_step_and_in_ar(ar, kernels):
     """The sampler of prefill and stride 1 draws by the kernels, too: their scores round differently from torch's."""
-    calls = [{"prompt": p, "sampling_seed": 21 + i, **SHORT, **SEEDED[i]} for i, p in enumerate(prompts(len(SEEDED), seed=411))]
+    calls = [{"prompt": p, "sampling_seed": 21 + i, **SHORT, **SEEDED[i]} for i, p in enumerate(UNSURE)]
     got = kernels.many([{**call, "stride": 4} for call in calls], len(calls))
     assert not differing(got, kernels.many([{**call, "stride": 1} for call in calls], len(calls)))
     # The AR server's ops are torch's: no two of these scores lie within a rounding of each other.
