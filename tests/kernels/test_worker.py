@@ -69,7 +69,7 @@ class Arm:
         worker = IsdWorker.__new__(IsdWorker)
         worker.device, worker.mask_id, worker.vocab, worker.last_position = device, MASK, VOCAB, COLUMNS - 1
         worker.phases, worker.ops = StepPhases(), step_ops(kind)
-        worker.settings = Settings(stride=K + 1, max_stride=K + 2, salvage=salvage)
+        worker.settings = Settings(stride=K + 1, max_stride=K + 2, auto=False, salvage=salvage)
         worker.state = SlotState(SLOTS, K + 1, VOCAB, True, device)
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
         worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
