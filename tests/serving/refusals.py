@@ -72,14 +72,14 @@ CASES = (
     _flag("--decode-attention-backend", "fa4", allowed="torch_native"),
     Case(("--speculative-num-steps", "16"), ("--speculative-num-steps 16", "allowed: 0 to 15")),
     Case(("--speculative-num-steps", "-1"), ("--speculative-num-steps -1", "allowed: 0 to 15")),
-    _flag("--speculative-num-draft-tokens", "3", allowed="7 (2N - 1)"),
+    _flag("--speculative-num-draft-tokens", "3", allowed="15 (2N - 1)"),
     # SGLang's own parser, whose page of usage `idlm serve` leaves out.
     Case(("--speculative-num-steps", "abc"), ("--speculative-num-steps", "'abc'", "; allowed: "), stock=False),
     Case(("--no-such-flag",), ("--no-such-flag", "; allowed: SGLang's flags"), stock=False),
     # Settings of the environment.
     Case((), ("IDLM_STRIDE='17'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "17"}),
     Case((), ("IDLM_STRIDE='four'", "; allowed: an integer from 1 to 16"), environ={"IDLM_STRIDE": "four"}),
-    Case((), ("IDLM_MAX_STRIDE=2", "; allowed: 4 to 16"), environ={"IDLM_MAX_STRIDE": "2"}),
+    Case((), ("IDLM_MAX_STRIDE=2", "; allowed: 4 to 16"), environ={"IDLM_STRIDE": "4", "IDLM_MAX_STRIDE": "2"}),
     Case((), ("IDLM_SAMPLING_RULE='x'", "; allowed: coupled, rejection"), environ={"IDLM_SAMPLING_RULE": "x"}),
     Case((), ("IDLM_STEP_OPS='cuda'", "; allowed: auto, torch, triton"), environ={"IDLM_STEP_OPS": "cuda"}),
     Case((), ("IDLM_MIXED_STEPS='yes'", "; allowed: on, off"), environ={"IDLM_MIXED_STEPS": "yes"}),
