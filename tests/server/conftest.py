@@ -36,13 +36,23 @@ def pytest_collection_finish(session):
     """Start the shared servers, one after the other, while the tests run that need none."""
     last = {name: item for item in session.items for name in _SHARED if name in _asked_for(item)}
     session.config.stash[_LAST] = last
-    needed = [name for name in _SHARED if name in last and name not in _LATE]
     others = sum("tests/server" not in str(item.path) for item in session.items)
-    if not needed or others < _ENOUGH or session.config.option.collectonly:
-        return
-    directory = Path(session.config.stash.setdefault(_LOGS, tempfile.TemporaryDirectory(prefix="idlm-servers-")).name)
+    if others >= _ENOUGH and not session.config.option.collectonly:
+        session.config.stash[_EARLY] = {}
+        _start_early(session.config, set(_SHARED) - _LATE)
+
+
+def pytest_runtest_setup(item):
+    """The last shared servers start beside the tests that start servers of their own."""
+    if item.path.name in _OWN and not _LATE & set(item.config.stash.get(_EARLY, _LATE)):
+        _start_early(item.config, _LATE)
+
+
+def _start_early(config, names: set[str]) -> None:
+    needed = [name for name in _SHARED if name in names and name in config.stash[_LAST]]
+    directory = Path(config.stash.setdefault(_LOGS, tempfile.TemporaryDirectory(prefix="idlm-servers-")).name)
     pool = ThreadPoolExecutor(1)
-    session.config.stash[_EARLY] = {name: pool.submit(lambda name=name: _SHARED[name](directory).started()) for name in needed}
+    config.stash[_EARLY] |= {name: pool.submit(lambda name=name: _SHARED[name](directory).started()) for name in needed}
     pool.shutdown(wait=False)
 
 
@@ -119,7 +129,7 @@ def _risd(logs):
 _SHARED = {"ar": _ar, "isd": _isd, "isd_sync": _isd_sync, "isd_rejection": _isd_rejection, "isd_tight": _isd_tight, "risd_ar": _risd_ar, "risd": _risd}
 # Modules whose tests start servers of their own.
 _OWN = {"test_bench.py", "test_mutants.py", "test_parallel.py", "test_published_config.py", "test_selfcheck.py", "test_step_ops.py"}
-# Started where they are first asked for.
+# Started behind the other shared ones.
 _LATE = {"risd_ar", "risd"}
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import requests
@@ -23,6 +24,20 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@contextmanager
+def side_by_side(*servers: "Server"):
+    """Servers that start at the same time; all have ended behind it."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        starts = [pool.submit(server.started) for server in servers]
+    try:
+        for start in starts:
+            start.result()
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
 
 
 def with_pythonpath(directory: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from idlm_sglang.demo import CHECKPOINT_DIR
-from tests.server.harness import Server, differing, prompts
+from tests.server.harness import Server, differing, prompts, side_by_side
 
 # The 8B's config.json, its sizes scaled down; every key and name as published.
 PUBLISHED = {
@@ -84,12 +84,10 @@ def published(tmp_path_factory):
 def test_the_published_config_is_served_as_an_idlm(published, logs):
     """AR (rollback: no ISD flag) and ISD, the latter even under --trust-remote-code, agree token for token."""
     calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 24, "ignore_eos": True} for p in prompts(60, seed=111)]
-    with Server("published_ar", published, logs) as server:
-        want = server.many(calls, 8)
-        ar_log = server.log.read_text(errors="replace")
-    with Server("published_isd", published, logs, "--speculative-algorithm", "ISD", "--trust-remote-code") as server:
-        got = server.many(calls, 8)
-        isd_log = server.log.read_text(errors="replace")
+    ar, isd = Server("published_ar", published, logs), Server("published_isd", published, logs, "--speculative-algorithm", "ISD", "--trust-remote-code")
+    with side_by_side(ar, isd):
+        want, got = ar.many(calls, 8), isd.many(calls, 8)
+        ar_log, isd_log = (server.log.read_text(errors="replace") for server in (ar, isd))
     assert not differing(want, got)
     assert not any(3 in a["output_ids"] for a in got), "MASK was emitted"
     for log in (ar_log, isd_log):
