@@ -21,6 +21,10 @@ DEFAULT_CHUNKED_PREFILL_SIZE = 1_024
 # process starts.
 OPENMP_SPIN_COUNT = "1000"
 
+# Threads of a forward wait for each other many times in it. Where one of them has to wait for its core, which the HTTP server or the
+# client has just then, all stand still.
+CORES_FOR_OTHERS = 1
+
 # With "1" the overlap schedule stays on. On a CPU the forward itself takes the cores that scheduling would overlap with,
 # each answer costs one step too many, and its tokens leave one step late.
 OVERLAP_VARIABLE = "IDLM_CPU_OVERLAP"
@@ -55,6 +59,7 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.disable_overlap_schedule = True
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(server_args.tp_size * server_args.dp_size)))
         for field, default in (
             ("max_total_tokens", DEFAULT_MAX_TOTAL_TOKENS),
             ("max_running_requests", DEFAULT_MAX_RUNNING_REQUESTS),
@@ -98,6 +103,12 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from idlm_sglang.platform.linear import pack_weights
 
         pack_weights(model)
+
+
+def threads_per_rank(ranks: int) -> int:
+    """OpenMP threads of each of ``ranks`` worker processes, at least 1: the cores that this process may use, but for one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max((cores - CORES_FOR_OTHERS) // ranks, 1)
 
 
 def _switch(name: str) -> bool:

@@ -11,8 +11,9 @@ from idlm_sglang.platform.cpu import IdlmCpuPlatform
 
 @pytest.fixture(autouse=True)
 def openmp_left_open(monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that monkeypatch restores what the platform sets
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "TRITON_INTERPRET", cpu.OVERLAP_VARIABLE):
+    for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what the platform sets
+    for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TRITON_INTERPRET", cpu.OVERLAP_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -29,6 +30,8 @@ def _applied(**given):
             "max_running_requests": None,
             "chunked_prefill_size": None,
             "disable_overlap_schedule": False,
+            "tp_size": 1,
+            "dp_size": 1,
         }
         | given
     )
@@ -59,6 +62,16 @@ def test_openmp_threads_spin_briefly_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     _applied()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.parametrize("cores, ranks, threads", [(1, 1, "1"), (2, 1, "1"), (2, 2, "1"), (16, 1, "15"), (16, 4, "3")])
+def test_a_core_is_left_to_the_other_processes_unless_told_otherwise(monkeypatch, cores, ranks, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    _applied(tp_size=ranks)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    _applied(tp_size=ranks)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
 def test_scheduling_does_not_overlap_unless_told_otherwise(monkeypatch):
