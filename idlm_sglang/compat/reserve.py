@@ -1,9 +1,12 @@
 """KV is reserved for the stride in use, not for the largest; and a chunk takes what there is."""
 
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 
 from idlm_sglang.compat.running import is_isd
+
+logger = logging.getLogger(__name__)
 
 _columns: int | None = None
 _chunk_held = False
@@ -113,4 +116,6 @@ def retract_beside_chunk(original: Callable, batch):
             req.to_finish = None
             aborted.remove(req)
             retracted.append(req)
+            # SGLang has just logged that it aborted it.
+            logger.warning("idlm: request %s is not aborted but retracted: the chunks of a prompt hold the rest of the KV pool", req.rid)
     return retracted, ratio, aborted

@@ -16,9 +16,9 @@ from re import _parser
 
 import re2
 
-# Of a request's automata together. RE2 takes one operation per byte of text, and up to that many where an automaton outgrows its memory.
-MOST_INSTRUCTIONS = 8192
-_MEMORY = 2 * 2**20  # bytes for each automaton
+# Of a request's automata together: RE2 takes one operation per byte of text, and up to that many where an automaton outgrows its memory.
+MOST_STATES = 512
+_MEMORY = 4 * 2**20  # bytes for each automaton
 # Steps of backtracking from one place of the text: the ways to match there times the longest of them.
 MOST_STEPS = 1000
 _INFINITE = float("inf")
@@ -48,14 +48,14 @@ class Searcher:
 
     Attributes:
         found: whether a text contains a match: the answer of ``re.search(expression, text) is not None``.
-        instructions: of its automaton, 0 where ``re`` searches.
+        states: of its automaton, one for each character of the expression with its repeats written out; 0 where ``re`` searches.
     """
 
     found: Callable[[str], bool]
-    instructions: int
+    states: int
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def searcher(expression: str) -> Searcher:
     """How to search for an expression.
 
@@ -66,9 +66,9 @@ def searcher(expression: str) -> Searcher:
     search, parsed = re.compile(expression).search, _parser.parse(expression)
     try:
         automaton = re2.compile(_translated(parsed, parsed.state.flags, tail=True), _options())
-        if automaton.programsize <= MOST_INSTRUCTIONS:
-            return Searcher(lambda text: automaton.search(text) is not None, automaton.programsize)
-        why = "is too large"
+        if (states := _states(parsed)) <= MOST_STATES:
+            return Searcher(lambda text: automaton.search(text) is not None, states)
+        why = f"has {states} characters, repeats written out (up to {MOST_STATES}),"
     except re2.error:
         why = "is too large"
     except _NotRegular as error:
@@ -80,17 +80,17 @@ def searcher(expression: str) -> Searcher:
 
 def refused(expressions: Sequence[str]) -> str:
     """Why the server does not search for these, in one line, or nothing."""
-    instructions = 0
+    states = 0
     for expression in expressions or ():
         try:
-            instructions += searcher(expression).instructions
+            states += searcher(expression).states
         except Unsearchable as why:
             limits = f"no look-around, back-references, \\b, atomic groups and possessive repeats, unless all of it matches in up to {MOST_STEPS} steps from one place"
             return f"stop_regex {expression!r} {why} and could be searched for without end; allowed: {limits}"
         except (re.error, RecursionError, OverflowError) as error:
             return f"stop_regex {expression!r} is not valid: {error}"
-    if instructions > MOST_INSTRUCTIONS:
-        return f"stop_regex becomes an automaton of {instructions} instructions; allowed: up to {MOST_INSTRUCTIONS}"
+    if states > MOST_STATES:
+        return f"stop_regex has {states} characters in all its expressions, repeats written out; allowed: up to {MOST_STATES}"
     return ""
 
 
@@ -217,6 +217,22 @@ def _cases(ascii_only: bool) -> dict[str, str]:
             if re.fullmatch(letter, c, flags):
                 found[letter] = found.get(letter, "") + c
     return found
+
+
+def _states(parsed) -> int:
+    """Characters of a regular expression, each repeat written out as often as it may or, without an end, has to occur."""
+    states = 0
+    for kind, value in parsed:
+        if kind is sre.BRANCH:
+            states += sum(_states(branch) for branch in value[1])
+        elif kind in _REPEATS:
+            least, most, inner = value
+            states += _states(inner) * (least + 1 if most is sre.MAXREPEAT else most)
+        elif kind is sre.SUBPATTERN:
+            states += _states(value[3])
+        else:
+            states += kind is not sre.AT
+    return max(states, 1)
 
 
 def _ways(parsed) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm_sglang.engine.stops import MOST_INSTRUCTIONS, refused, searcher
+from idlm_sglang.engine.stops import MOST_STATES, refused, searcher
 
 EVERYTHING = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF)
 # Some that Python and RE2 count differently, or whose cases are several.
@@ -41,7 +41,7 @@ def test_what_is_searched_for_is_found_where_python_finds_it(flags, expression, 
 @pytest.mark.parametrize("category", [r"\w", r"\d", r"\s", r"\W", r"\D", r"\S", r"[^\w\s]", "(?i:k)", "(?i:[a-z])", "(?i:[^s])", ".", "(?a:\\w)"])
 def test_every_character_is_what_it_is_to_python(category):
     found = searcher(category)
-    assert found.instructions
+    assert found.states
     rng = random.Random(1)
     # What is in the class, and what is out of it: some of each alone, all of them together.
     inside = re.findall(category, EVERYTHING)
@@ -50,26 +50,26 @@ def test_every_character_is_what_it_is_to_python(category):
     assert all(found.found(c) for c in rng.sample(inside, min(300, len(inside)))) and searcher(f"\\A(?:{category})*\\Z").found("".join(inside))
 
 
-@pytest.mark.parametrize("expression", ["(a+)+b", "(a|a)*b", "(a?){30}a{29}b", "(.*)*x", ".*.*.*.*x", "((a{1,30}){1,30})x", r"(\w+\s?)+!$", "(?:a|aa)+?c"])
+@pytest.mark.parametrize("expression", ["(a+)+b", "(a|a)*b", "(a?){30}a{29}b", "(.*)*x", ".*.*.*.*x", "((a{1,20}){1,20})x", r"(\w+\s?)+!$", "(?:a|aa)+?c"])
 def test_expressions_that_backtrack_for_ever_are_searched_nonetheless(expression):
     assert not refused([expression])
     assert not searcher(expression).found("a" * 100_000)
 
 
-@pytest.mark.parametrize("expression", [r"(a+)+\bb", "(?=(a+)+b)", r"(a+)+\1b", "(?>(a+)+)b", "(a|aa)*+b", r"(a?){30}a{30}\b", "(?i)(É+)+b", "(a{1,1000}){1,1000}b", r"(?<!x)(a|aa){40}b"])
+@pytest.mark.parametrize("expression", [r"(a+)+\bb", "(?=(a+)+b)", r"(a+)+\1b", "(?>(a+)+)b", "(a|aa)*+b", r"(a?){30}a{30}\b", "(?i)(É+)+b", "(a{1,1000}){1,1000}b", r"(?<!x)(a|aa){40}b", "((a{1,30}){1,30})x"])
 def test_what_no_automaton_searches_and_could_take_long_is_refused_in_one_line(expression):
     said = refused(["fine", expression])
     assert said.startswith("stop_regex ") and repr(expression) in said and "allowed: " in said and "\n" not in said
 
 
-@pytest.mark.parametrize("expression", [r"\bEND\b", r"(?<=\n)User:", r"(?<!\\)\"", r"(?:User|Human)(?=:)", r"(['\"])end\1", r"\w{200}"])
+@pytest.mark.parametrize("expression", [r"\bEND\b", r"(?<=\n)User:", r"(?<!\\)\"", r"(?:User|Human)(?=:)", r"(['\"])end\1"])
 def test_what_no_automaton_searches_and_cannot_take_long_stays_with_python(expression):
-    assert not refused([expression]) and searcher(expression).instructions == 0
+    assert not refused([expression]) and searcher(expression).states == 0
 
 
 def test_the_automata_of_one_request_are_small_together():
-    assert not refused([r"\w+a"])
-    assert str(MOST_INSTRUCTIONS) in refused([rf"\w+{letter}" for letter in "abcdefghijk"])
+    assert not refused(["(a{1,10}){1,10}b+"] * 5)
+    assert f"up to {MOST_STATES}" in refused(["(a{1,10}){1,10}b+"] * 6)
 
 
 @pytest.mark.parametrize("expression", ["(", r"\1", "a{2,1}", "*"])

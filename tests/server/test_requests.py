@@ -63,7 +63,6 @@ def test_logprobs_are_those_of_ar(ar, isd, stride, params):
         assert [x[0] for x in top_g] == pytest.approx([x[0] for x in top_w], abs=2e-3)
 
 
-@pytest.mark.parity("stops")
 @pytest.mark.parametrize("server", ["ar", "isd"])
 def test_a_stop_expression_that_backtracks_stops_nobody(request, server):
     """``re`` would take 2^80 steps at the 80th a, in the scheduler itself."""
