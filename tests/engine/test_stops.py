@@ -25,7 +25,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=800, deadline=None, derandomize=True)
 @given(st.sampled_from(["", "(?i)", "(?m)", "(?s)", "(?a)", "(?im)"]), EXPRESSIONS, st.text(CHARACTERS, max_size=8))
 def test_what_is_searched_for_is_found_where_python_finds_it(flags, expression, text):
     expression = flags + expression
@@ -45,7 +45,7 @@ def test_every_character_is_what_it_is_to_python(category):
     rng = random.Random(1)
     # What is in the class, and what is out of it: some of each alone, all of them together.
     inside = re.findall(category, EVERYTHING)
-    outside = "".join(set(EVERYTHING) - set(inside))
+    outside = re.sub(category, "", EVERYTHING)
     assert not found.found(outside)
     assert all(found.found(c) for c in rng.sample(inside, min(300, len(inside)))) and searcher(f"\\A(?:{category})*\\Z").found("".join(inside))
 
