@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import SimpleNamespace
 
 from idlm_sglang import platform
 from idlm_sglang.compat.beside import decode_beside_prefill, finish_both
@@ -32,6 +33,7 @@ from idlm_sglang.compat.figures import (
     stride_handler,
 )
 from idlm_sglang.compat.live import add_live_page
+from idlm_sglang.compat.outputs import begin_again, search_in_time, send_what_is_new
 from idlm_sglang.compat.requests import (
     admit,
     attach_seeds,
@@ -41,7 +43,7 @@ from idlm_sglang.compat.requests import (
     scores_without_generating,
     token_keyed_sampler,
 )
-from idlm_sglang.compat.reserve import allocate_in_use, chunk_that_fits, need_in_use, reserve_in_use, room_for_masks
+from idlm_sglang.compat.reserve import allocate_in_use, chunk_that_fits, need_in_use, note_chunk, reserve_in_use, retract_beside_chunk, room_for_masks
 from idlm_sglang.compat.start import (
     model_class_on_demand,
     packed_anew,
@@ -72,7 +74,8 @@ class Patch:
 
     Attributes:
         target: dotted path of the function in SGLang.
-        kind: a ``HookType`` name, or PROPERTY for a property, which the registry cannot hook.
+        kind: a ``HookType`` name; PROPERTY for a property, which the registry cannot hook; or MODULE for a function of another
+            library as one module of SGLang sees it.
         hook: the function hooked in.
         parameters: for a replacement, the target's parameters it was written for.
     """
@@ -83,7 +86,7 @@ class Patch:
     parameters: tuple[str, ...] = ()
 
 
-PROPERTY = "PROPERTY"
+PROPERTY, MODULE = "PROPERTY", "MODULE"
 
 _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -97,8 +100,13 @@ PATCHES = (
     Patch(_SRT + "speculative.spec_utils.spec_prepare_for_decode", "AROUND", allocate_in_use),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2", "AROUND", need_in_use),
     Patch(_SRT + "mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", "AROUND", chunk_that_fits),
+    Patch(_SRT + "managers.scheduler.Scheduler.update_running_batch", "AROUND", note_chunk),
+    Patch(_SRT + "managers.schedule_batch.ScheduleBatch.retract_decode", "AROUND", retract_beside_chunk),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
     Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
+    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept", "AROUND", send_what_is_new),
+    Patch(_SRT + "managers.schedule_batch.Req.reset_for_retract", "AFTER", begin_again),
+    Patch(_SRT + "managers.schedule_batch.re.search", MODULE, search_in_time),
     Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
     Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
@@ -170,6 +178,8 @@ def register_patches(wanted: tuple[Patch, ...] | None = None) -> None:
                 raise SettingError(f"SGLang {version('sglang')}: {patch.target} takes {found}; allowed: {patch.parameters}")
         if patch.kind == PROPERTY:
             _replace_property(patch)
+        elif patch.kind == MODULE:
+            _replace_in_module(patch)
         else:
             HookRegistry.register(patch.target, patch.hook, HookType[patch.kind])
 
@@ -181,9 +191,20 @@ def _replace_property(patch: Patch) -> None:
     setattr(pkgutil.resolve_name(owner), name, property(patch.hook))
 
 
+def _replace_in_module(patch: Patch) -> None:
+    owner, name = patch.target.rsplit(".", 1)
+    module, seen = owner.rsplit(".", 1)
+    library = getattr(pkgutil.resolve_name(module), seen, None)
+    if not callable(getattr(library, name, None)):
+        raise SettingError(f"SGLang {version('sglang')}: {module} has no {seen}.{name} any more")
+    setattr(pkgutil.resolve_name(module), seen, SimpleNamespace(**{**vars(library), name: patch.hook}))
+
+
 def _taken(patch: Patch) -> bool:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    if patch.kind == MODULE:
+        return pkgutil.resolve_name(patch.target) is patch.hook
     if patch.kind == PROPERTY:
         owner, name = patch.target.rsplit(".", 1)
         return getattr(inspect.getattr_static(pkgutil.resolve_name(owner), name), "fget", None) is patch.hook

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 from idlm_sglang.compat.running import is_isd
 from idlm_sglang.config import ALGORITHM
+from idlm_sglang.engine.stops import refused as unsearchable
 
 
 def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
     """What: after ``TokenizerManager._create_tokenized_object`` admission may refuse the request, as SGLang refuses bad ones.
     Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200. Token ids outside the vocabulary and
-    more candidates per token than it has are refused in AR serving, too: SGLang's scheduler ends itself over them.
+    more candidates per token than it has are refused in AR serving, too: SGLang's scheduler ends itself over them; and stop expressions over which it would
+    come to a standstill.
     Guard: the hook applied; refusals are tested streamed and not.
     Goes when: with the hook above.
     """
@@ -19,8 +21,8 @@ def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
         return
     from idlm_sglang.engine.admission import outside_vocabulary
 
-    if outside := outside_vocabulary(tokenized, manager.model_config.vocab_size):
-        raise ValueError(outside)
+    if wrong := outside_vocabulary(tokenized, manager.model_config.vocab_size) or unsearchable(tokenized.sampling_params.stop_regex_strs):
+        raise ValueError(wrong)
     if not is_isd():
         return
     from idlm_sglang.config import handed_down

@@ -1,11 +1,15 @@
 """KV is reserved for the stride in use, not for the largest; and a chunk takes what there is."""
 
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 
 from idlm_sglang.compat.running import is_isd
 
+logger = logging.getLogger(__name__)
+
 _columns: int | None = None
+_chunk_held = False
 
 
 @contextmanager
@@ -80,3 +84,38 @@ def chunk_that_fits(original: Callable, budget, chunk_limit: int) -> int | None:
         return found
     room = int(budget._available_and_evictable()) // budget.page_size * budget.page_size
     return min(found, room) if room > 0 else None
+
+
+def note_chunk(original: Callable, scheduler, batch):
+    """What: during ``Scheduler.update_running_batch`` it is known whether a prompt is in the midst of its chunks.
+    Why: for the hook below, whose function does not see the scheduler.
+    Guard: with the hook below.
+    Goes when: with the hook below.
+    """
+    global _chunk_held
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    _chunk_held = scheduler.chunked_req is not None and scheduler.disaggregation_mode == DisaggregationMode.NULL
+    try:
+        return original(scheduler, batch)
+    finally:
+        _chunk_held = False
+
+
+def retract_beside_chunk(original: Callable, batch):
+    """What: ``ScheduleBatch.retract_decode`` also retracts the last running request where a prompt's chunks hold the rest of the pool.
+    Why: SGLang aborts the last one, since nothing else could make room. A prompt whose next chunk waits for room does hold some, and
+    goes on once there is: the request then comes behind it. In AR serving, too.
+    Guard: the hook applied; a test lets a prompt's chunks meet one long answer.
+    Goes when: SGLang counts the chunk as one more request.
+    """
+    asked = {id(req): req.to_finish for req in batch.reqs}
+    retracted, ratio, aborted = original(batch)
+    if _chunk_held:
+        for req in [req for req in aborted if req.beam_group is None and asked[id(req)] is None]:
+            req.to_finish = None
+            aborted.remove(req)
+            retracted.append(req)
+            # SGLang has just logged that it aborted it.
+            logger.warning("idlm: request %s is not aborted but retracted: the chunks of a prompt hold the rest of the KV pool", req.rid)
+    return retracted, ratio, aborted

@@ -87,6 +87,17 @@ def _append(whole: dict, part: dict) -> None:
             whole[key] = value
 
 
+def _drop_silent(choice: dict) -> None:
+    """Leave out the log-probabilities of tokens that no text of the stream shows, such as the one that ends an answer.
+
+    Where no parser is at work SGLang sends a step's log-probabilities with the step's text, and those of a step without text not at all. Which these are
+    is a matter of how the answer is cut into chunks: a step of several tokens has text where one of them does.
+    """
+    delta, logprobs = choice.get("delta") or {}, choice.get("logprobs") or {}
+    if delta.get("content") and logprobs.get("content") and not (delta.get("reasoning_content") or delta.get("tool_calls")):
+        logprobs["content"] = [entry for entry in logprobs["content"] if entry["token"] in delta["content"]]
+
+
 def join_openai(chunks: list) -> dict:
     """Chat and completion chunks."""
     whole: dict = {"choices": {}, "end": chunks[-1]}
@@ -98,6 +109,7 @@ def join_openai(chunks: list) -> dict:
         if choice.get("finish_reason") == "length":
             for call in choice.get("delta", {}).get("tool_calls") or []:
                 call["function"]["arguments"] = Lagging(call["function"]["arguments"])
+        _drop_silent(choice)
         # A first chunk without text says "" or null, by how much the first step had to show.
         for field in ("content", "reasoning_content", "text"):
             for place in (choice, choice.get("delta", {})):

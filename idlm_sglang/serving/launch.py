@@ -31,6 +31,8 @@ _HEALTH_INTERVAL = 1.0  # seconds between requests to /health, each of which the
 _HEALTH_TIMEOUT = 5.0  # seconds; SGLang's answer to /health takes a generated token and up to a second of its own
 _SWEEP_TIMEOUT = 10.0  # seconds for killed processes to be gone
 _SAME_STOP = 1.0  # seconds in which a second signal is the same wish: make and timeout pass on what the group got, too
+# Where the detokenizer dies, SGLang waits a minute for CUDA core dumps, its clients on the line, whether CUDA was told to write any or not.
+_NO_DUMP = {} if os.environ.get("CUDA_ENABLE_USER_TRIGGERED_COREDUMP") == "1" else {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -76,7 +78,7 @@ class Server:
     def run(self) -> int:
         self._display.say(f"idlm: serving {self._launch.model} on {self._launch.address}; {summary.versions()}")
         events_read, events_write = os.pipe()
-        environ = os.environ | self._launch.environ | {"PYTHONUNBUFFERED": "1"}
+        environ = _NO_DUMP | os.environ | self._launch.environ | {"PYTHONUNBUFFERED": "1"}
         # -P: the directory this runs in stays off sys.path, where it could shadow a library.
         command = [sys.executable, "-P", "-m", SERVER_MODULE, str(events_write), *self._launch.argv]
         # Blocked until the handlers stand: a signal in between would end us and leave the child.

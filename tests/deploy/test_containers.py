@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -53,6 +54,14 @@ def test_what_the_image_copies_is_there_and_in_its_context():
     copied = {word for line in re.findall(r"^COPY (.*)$", CONTAINERFILE, re.MULTILINE) for word in line.split()[:-1]}
     context = set(re.findall(r"^!(\S+)$", (DEPLOY / "Containerfile.dockerignore").read_text(), re.MULTILINE))
     assert copied == context and all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_adds_what_serving_needs_and_sglang_does_not_bring():
+    """`peft` is for `idlm convert` alone."""
+    needed = {re.split(r"[<>=]", line)[0] for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    added = set(re.search(r"pip install --no-deps (.*?) \\$", CONTAINERFILE, re.MULTILINE)[1].split())
+    assert added == needed - {"sglang", "peft"} | {".", "sglang-router"}
+    assert all(pinned(name) for name in added - {"."})
 
 
 def test_idlm_serve_accepts_the_command_lines_of_image_and_compose_file():

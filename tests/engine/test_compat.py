@@ -137,6 +137,13 @@ def test_which_checkpoints_become_idlm(monkeypatch):
     assert mapped(["LlamaForCausalLM"], speculative_algorithm="ISD") == ["LlamaForCausalLM"]
 
 
+def test_a_function_that_a_module_does_not_see_any_more_is_an_error(monkeypatch):
+    wrong = compat.Patch("sglang.srt.managers.schedule_batch.gone.search", compat.MODULE, compat.search_in_time)
+    monkeypatch.setattr(compat, "patches", lambda: (wrong,))
+    with pytest.raises(SettingError, match="schedule_batch has no gone.search any more"):
+        compat.register_patches()
+
+
 def test_a_property_that_is_none_any_more_is_an_error(monkeypatch):
     wrong = compat.Patch("sglang.srt.managers.schedule_batch.Req.finished", compat.PROPERTY, compat.scores_without_generating)
     monkeypatch.setattr(compat, "patches", lambda: (wrong,))

@@ -6,7 +6,7 @@ import pytest
 
 from idlm_sglang.parity import speed
 from idlm_sglang.parity.answers import Pair, answered, fields, parting
-from idlm_sglang.parity.compare import Answer
+from idlm_sglang.parity.compare import Answer, differences, join
 from idlm_sglang.parity.endpoint import Reply, failed
 from idlm_sglang.parity.prompts import GREEDY, Ask
 from idlm_sglang.serving.replay import CHAT, COMPLETIONS, GENERATE
@@ -79,3 +79,22 @@ def test_a_token_that_is_no_candidate_is_no_near_tie():
     left = Asked(chat("p", [("p", {"p": -0.1, "r": -0.11})]))
     right = Asked(chat("q", [("q", {"q": -0.1, "r": -0.11})]))
     assert parting(Ask("line 1", CHAT, {"messages": []}, GREEDY), ["p"], ["q"], left, right).margin is None
+
+
+def test_log_probabilities_of_tokens_without_text_are_no_difference_in_how_a_stream_is_cut():
+    """SGLang sends none of a step that shows no text: by one token a step the end of an answer has none, in a run of two it has."""
+
+    def streamed(*steps):
+        chunks = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}]
+        for text, tokens in steps:
+            if text:
+                entries = [{"token": token, "logprob": logprob} for token, logprob in tokens]
+                chunks.append({"choices": [{"index": 0, "delta": {"content": text}, "logprobs": {"content": entries}}]})
+        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        return Answer(200, join(CHAT, [*chunks, "[DONE]"]))
+
+    a, b, end = ("a", -0.1), (" b", -0.2), ("<|im_end|>", -0.3)
+    single, run = streamed(("a", [a]), (" b", [b]), ("", [end])), streamed(("a", [a]), (" b", [b, end]))
+    assert not differences(single, run)
+    assert differences(single, streamed(("a", [a]), (" b", [(" b", -0.5), end])))
+    assert differences(single, streamed(("a b", [a]), ("", [b, end])))

@@ -106,11 +106,14 @@ def _isd_sync(logs):
 
 
 def _isd_tight(logs):
-    """ISD with overlap and mixed chunks, on a KV pool far too small for its load: requests are retracted. It chooses its stride."""
+    """ISD with overlap and mixed chunks, on a KV pool far too small for its load: requests are retracted. It chooses its stride.
+
+    SGLang's own switch also retracts at every 40th forward, whoever has the fewest tokens: often none yet.
+    """
     flags = ["--max-total-tokens", "1200", "--chunked-prefill-size", "32", "--enable-mixed-chunk", "--max-running-requests", "24"]
     # Admit as if answers were short: the pool then runs full in the middle of them.
     flags += ["--schedule-conservativeness", "0.05"]
-    env = {"IDLM_STRIDE": "auto", "SGLANG_IS_IN_CI": "1"}
+    env = {"IDLM_STRIDE": "auto", "SGLANG_IS_IN_CI": "1", "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
     return Server("isd_tight", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.server.harness import chat, differing, ids, prompts
+from tests.server.parity.cases import token
 
 STORY = chat("Tell me a story about Tavo.")
 SCHEMA = json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer"}}, "required": ["name", "n"]})
@@ -62,6 +63,16 @@ def test_logprobs_are_those_of_ar(ar, isd, stride, params):
         assert [x[0] for x in top_g] == pytest.approx([x[0] for x in top_w], abs=2e-3)
 
 
+@pytest.mark.parametrize("server", ["ar", "isd"])
+def test_a_stop_expression_that_backtracks_stops_nobody(request, server):
+    """``re`` would take 2^80 steps at the 80th a, in the scheduler itself."""
+    served = request.getfixturevalue(server)
+    forced = {"prompt": STORY, "temperature": 0, "max_new_tokens": 80, "ignore_eos": True, "logit_bias": {str(token("a")): 100.0}}
+    answers = served.many([{**forced, "stop_regex": "(a+)+b"}, {**forced, "stop_regex": "(a|aa)+b"}, {**forced, "stop_regex": "a{7}$"}, forced], 4)
+    assert [ids(a)[0] for a in answers] == [token("a")] * 4
+    assert [len(ids(a)) for a in answers] == [80, 80, 7, 80]
+
+
 @pytest.mark.parametrize(
     "params, names",
     [
@@ -73,6 +84,7 @@ def test_logprobs_are_those_of_ar(ar, isd, stride, params):
         ({"logit_bias": {"5": -1e38}}, "logit_bias"),
         ({"top_k": 2**40, "temperature": 1.0}, "top_k"),
         ({"sampling_seed": 2**63}, "seed"),
+        ({"stop_regex": ["fine", r"(a+)+\bb"]}, "stop_regex"),
     ],
 )
 def test_a_hostile_parameter_is_a_400_that_names_it(isd, params, names):

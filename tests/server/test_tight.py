@@ -1,5 +1,6 @@
 """A KV pool far too small: retraction, disconnects, aborts, and nothing is lost or leaked."""
 
+import json
 import random
 import time
 
@@ -91,6 +92,26 @@ def test_every_slot_is_free_after_mixed_requests_with_aborts(isd_tight):
     print(f"{len(texts)} requests, idle: {isd_tight.idle_tokens()} tokens and requests in use")
 
 
+def test_an_echoed_prompt_keeps_its_logprobs_where_its_request_is_retracted_before_its_first_token(ar, isd_tight):
+    """`/v1/completions` takes them from a stream's first event."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def prompt_logprobs(server, text):
+        body = {"model": "m", "prompt": text, "max_tokens": 3, "temperature": 0, "stream": True, "echo": True, "logprobs": 1}
+        with server.post("/v1/completions", body, stream=True) as reply:
+            events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith(b"data: {")]
+        choices = [choice for event in events for choice in event["choices"]]
+        return [p for choice in choices for p in (choice["logprobs"] or {}).get("token_logprobs", [])], choices[0]["text"]
+
+    # Each beside another: SGLang retracts all requests but one.
+    texts = [f"{i} {text}" for i, text in enumerate(prompts(150, seed=54))]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda text: prompt_logprobs(isd_tight, text), texts))
+    assert all(found[:1] == [None] and first.startswith(text) for text, (found, first) in zip(texts, got))
+    for i in range(0, len(texts), 50):
+        assert [p for p in got[i][0] if p is not None] == pytest.approx([p for p in prompt_logprobs(ar, texts[i])[0] if p is not None], abs=2e-3)
+
+
 def test_retraction_between_mixed_steps(ar, logs):
     """The scheduler of a CPU: decode steps in the forwards of prompts, here under a pool that runs full; survivors as a chain."""
     flags = ["--disable-overlap-schedule", "--max-total-tokens", "900", "--chunked-prefill-size", "32", "--schedule-conservativeness", "0.05"]
@@ -104,11 +125,30 @@ def test_retraction_between_mixed_steps(ar, logs):
         assert not differing(left, right)
         assert server.log.read_text(errors="replace").count("Retract requests.") > 0, "the pool was not tight enough to retract"
         assert server.metrics()["idlm:mixed_steps_total"] > 20
+        a_prompt_in_chunks_beside_one_long_answer(ar, server)
         wait_idle(server)
         time.sleep(1.0)
         assert requests.post(server.url + "/flush_cache", timeout=30).status_code == 200
         time.sleep(1.0)
         assert server.alive() and server.idle_tokens() == (0, 0)
+
+
+def a_prompt_in_chunks_beside_one_long_answer(ar, server):
+    """The two fill the pool: the answer makes room for the chunks and comes behind them; SGLang would abort it, as the last one that runs."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    long = {"prompt": [5, 6, 7], "temperature": 0, "max_new_tokens": 600, "logit_bias": {"2": -100}, "stride": 4}
+    chunked = [{"prompt": random.Random(i).choices(range(300, 1000), k=random.Random(i).randrange(300, 600)), "temperature": 0, "max_new_tokens": 2} for i in range(80)]
+    want, found = ar.many([{**long, "stride": None}], 1), 0
+    with ThreadPoolExecutor(1) as pool:
+        while not found:
+            answer = pool.submit(server.many, [long], 1)
+            while not answer.done():
+                assert chunked, "no prompt's chunks met the end of the pool"
+                server.many([chunked.pop()], 1)
+            assert not differing(want, answer.result())
+            found = server.log.read_text(errors="replace").count("is not aborted but retracted")
+    print(f"{found} times a long answer was retracted for a prompt's chunks")
 
 
 @pytest.mark.parametrize("page", [1, 16])

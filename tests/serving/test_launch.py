@@ -163,3 +163,14 @@ def test_a_log_file_that_cannot_be_written_is_refused(start):
     assert command.process.wait(timeout=10) == 1
     assert command.text().startswith("idlm: --log-file /proc/nothing/server.log cannot be written (")
     command.pids.write_text("")
+
+
+@pytest.mark.parametrize("asked, wanted", [({}, "0"), ({"CUDA_ENABLE_USER_TRIGGERED_COREDUMP": "1"}, None), ({"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "1"}, "1")])
+def test_a_server_that_ends_itself_waits_for_a_core_dump_only_where_one_was_asked_for(start, monkeypatch, asked, wanted):
+    """SGLang's clients would wait for a minute with it."""
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    command = start("orderly")
+    command.until("idlm: ready after")
+    server = psutil.Process(int(command.pids.read_text().split()[0]))
+    assert server.environ().get("SGLANG_CUDA_COREDUMP_BEFORE_CRASH") == wanted

@@ -197,7 +197,8 @@ def blows() -> Iterator[Blow]:
     yield Blow("tokenize 4 MB", post("/v1/tokenize", {"model": "m", "prompt": "a b " * 10**6}))
     yield Blow("detokenize what is none", post("/v1/detokenize", {"model": "m", "tokens": [10**9, -5]}))
     yield Blow("abort of nobody", post("/abort_request", {"rid": ""}))
-    # The scheduler itself looks for the expression, and nothing ends that.
+    # The scheduler itself looks for the expression; Python's re would need 2^60 steps.
+    yield native("a stop expression that no automaton searches", stop_regex=r"(a+)+\1b", max_new_tokens=60, logit_bias={str(token("a")): 100.0})
     yield native("a stop expression that never comes to an end", stop_regex="(a+)+b", max_new_tokens=60, logit_bias={str(token("a")): 100.0})
     # On the wire.
     yield Blow("a body that never ends", raw(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"))

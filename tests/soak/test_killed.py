@@ -17,7 +17,7 @@ from tests.soak.served import Served
 
 STREAM = {"text": "river stone", "sampling_params": {"temperature": 0, "max_new_tokens": 2500, "ignore_eos": True}, "stream": True}
 STREAMS = 6
-PATIENCE = 90.0  # seconds, in which a client must know
+PATIENCE = 45.0  # seconds without a word, behind which a client counts as hung; SGLang waits 60 for core dumps
 
 
 class Supervisor(threading.Thread):
