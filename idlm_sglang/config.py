@@ -23,6 +23,8 @@ COUPLED = "coupled"
 BRANCH, CHAIN, OFF = "branch", "chain", "off"
 SALVAGE = (AUTO, BRANCH, CHAIN, OFF)
 ON = "on"
+# Whether decode forwards are captured into CUDA graphs; `auto` is resolved when the server starts.
+DECODE_GRAPHS = (AUTO, ON, OFF)
 
 # What turns logits into tokens: plain torch, or the Triton kernels; `engine.step_ops` resolves `auto`.
 TORCH, TRITON = "torch", "triton"
@@ -57,6 +59,7 @@ class Settings:
         live_page: serve the live page at ``/idlm``.
         lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
         step_ops: what turns logits into tokens, ``torch`` or ``triton``; ``auto`` until `engine.step_ops` has resolved it.
+        decode_graphs: decode forwards are captured into CUDA graphs, one runner per stride.
     """
 
     stride: int = AUTO_FIRST_STRIDE
@@ -71,6 +74,7 @@ class Settings:
     live_page: bool = True
     lora: str | None = None
     step_ops: str = AUTO
+    decode_graphs: str = AUTO
 
     @property
     def max_width(self) -> int:
@@ -117,7 +121,8 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
     ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``,
-    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE``, ``IDLM_LORA`` and ``IDLM_STEP_OPS`` are read; every bad value raises :class:`SettingError`.
+    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE``, ``IDLM_LORA``, ``IDLM_STEP_OPS`` and ``IDLM_DECODE_GRAPHS`` are read; every bad value raises
+    :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -159,6 +164,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     live = env.get("IDLM_LIVE_PAGE", ON)
     if live not in (ON, OFF):
         raise SettingError(f"IDLM_LIVE_PAGE={live!r} is not known; allowed: {ON}, {OFF}")
+    graphs = env.get("IDLM_DECODE_GRAPHS", AUTO)
+    if graphs not in DECODE_GRAPHS:
+        raise SettingError(f"IDLM_DECODE_GRAPHS={graphs!r} is not known; allowed: {', '.join(DECODE_GRAPHS)}")
     lora = env.get("IDLM_LORA")
     if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
         raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
@@ -174,6 +182,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         live_page=live == ON,
         lora=lora,
         step_ops=read_step_ops(env),
+        decode_graphs=graphs,
     )
 
 

@@ -32,6 +32,7 @@ from idlm_sglang.compat.figures import (
     state_report,
     stride_handler,
 )
+from idlm_sglang.compat.graphs import graphs_by_stride, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
 from idlm_sglang.compat.live import add_live_page
 from idlm_sglang.compat.outputs import begin_again, search_in_time, send_what_is_new
 from idlm_sglang.compat.requests import (
@@ -92,6 +93,7 @@ _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _WEIGHTS = _SRT + "model_executor.model_runner_components.weight_updater.WeightUpdater"
+_MODEL_RUNNER = _SRT + "model_executor.model_runner.ModelRunner"
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
@@ -133,6 +135,9 @@ PATCHES = (
     Patch(_TOKENIZER + "._init_req_state", "BEFORE", make_room),
     Patch(_TOKENIZER + ".set_server_stop_hook", "BEFORE", add_live_page),
     Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
+    Patch(_MODEL_RUNNER + "._decode_cuda_graph_runner_cls", "AFTER", graphs_by_stride),
+    Patch(_MODEL_RUNNER + ".max_shared_logits_buffer_rows", "AROUND", rows_of_graphs),
+    Patch(_SRT + "model_executor.runner.base_runner.create_dummy_verify_input", "AFTER", verify_input_of_dummies),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),
 )
@@ -145,6 +150,7 @@ CPU_PATCHES = (
         page_table_in_torch,
         ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
     ),
+    Patch(_SRT + "model_executor.forward_batch_info.ForwardMode.is_cpu_graph", "AFTER", verify_runs_by_call),
     Patch(_WEIGHTS + ".update_weights_from_tensor", "AFTER", packed_anew),
     Patch(_WEIGHTS + ".load_weights_from_distributed", "AFTER", packed_anew),
     Patch(_WEIGHTS + ".update_weights_from_ipc", "AFTER", packed_anew),

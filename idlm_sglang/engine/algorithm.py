@@ -8,7 +8,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from idlm_sglang import adapter, checkpoint
 from idlm_sglang.platform import accelerator_available
-from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, Settings, SettingError, hand_down, read_settings
+from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, ON, Settings, SettingError, hand_down, read_settings
 from idlm_sglang.engine.step_ops import resolve_step_ops
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,8 @@ PAGE_SIZES = (1, 16, 32, 64)
 # SGLang's fa3 fixes its verify width at start and would compute wrong attention at any other stride.
 GPU_BACKENDS = ("triton", "flashinfer")
 DEFAULT_GPU_BACKEND = "triton"
+# FlashInfer plans a captured verify on the host, from lengths that would have to include the step's rows.
+GRAPH_BACKEND = "triton"
 # The one whose verify forward takes `IsdVerifyInput.new_visible`.
 MASKING_BACKEND = "torch_native"
 
@@ -87,8 +89,12 @@ def choose_backend(server_args) -> None:
         logger.info("idlm: attention backend %s", DEFAULT_GPU_BACKEND)
 
 
-def resolve_salvage(salvage: str, server_args) -> str:
+def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:
     """What a rejection leaves, for the attention backend in use; :class:`SettingError` for a branch where it cannot hide columns."""
+    if graphs == ON and salvage == BRANCH:
+        raise SettingError(f"IDLM_SALVAGE={salvage} cannot be served with IDLM_DECODE_GRAPHS=on, whose forwards hide no columns; allowed: auto, chain, off")
+    if graphs == ON:
+        return OFF if salvage == AUTO else salvage
     backend = next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
     if salvage == AUTO:
         return BRANCH if backend == MASKING_BACKEND else OFF
@@ -172,8 +178,9 @@ class IsdAlgorithm(CustomSpecAlgo):
         compat.assert_applied()
         settings = read_settings(server_args.speculative_num_steps)
         refuse_unserved(server_args)
-        salvage, step_ops = resolve_salvage(settings.salvage, server_args), resolve_step_ops(settings.step_ops, server_args.device)
-        settings = replace(settings, salvage=salvage, step_ops=step_ops)
+        graphs, step_ops = resolve_graphs(settings.decode_graphs, server_args), resolve_step_ops(settings.step_ops, server_args.device)
+        salvage = resolve_salvage(settings.salvage, server_args, graphs)
+        settings = replace(settings, salvage=salvage, step_ops=step_ops, decode_graphs=graphs)
         width = server_args.speculative_num_draft_tokens
         if width not in (None, settings.max_width):
             raise SettingError(
@@ -190,18 +197,38 @@ class IsdAlgorithm(CustomSpecAlgo):
         server_args.speculative_num_draft_tokens = settings.max_width
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS * (server_args.dp_size or 1)
-        _disable_decode_graphs(server_args)
+        if graphs == OFF:
+            disable_decode_graphs(server_args)
 
 
-def _disable_decode_graphs(server_args) -> None:
-    """Decode CUDA graphs off: SGLang captures none for a registered algorithm's verify forward.
+def resolve_graphs(asked: str, server_args) -> str:
+    """Whether decode forwards are captured, ``on`` or ``off``.
 
-    Its runner would capture TARGET_VERIFY without our input and replay it for stride 1. The worker refuses to start
-    with a captured runner.
+    Raises:
+        SettingError: ``on`` where no graphs can be captured.
     """
+    if asked == AUTO:
+        logger.info("idlm: decode CUDA graphs are off: IDLM_DECODE_GRAPHS=auto is off until they have been measured; on captures them")
+    if asked != ON:
+        return OFF
+    if not accelerator_available():
+        logger.warning("idlm: IDLM_DECODE_GRAPHS=on on a CPU: decode forwards go through the buffers of graphs, and are not faster by it")
+        return ON
+    for field in BACKEND_FIELDS:
+        value = getattr(server_args, field)
+        if value not in (None, GRAPH_BACKEND):
+            flag = "--" + field.replace("_", "-")
+            raise SettingError(f"IDLM_DECODE_GRAPHS=on cannot be served with {flag} {value}; allowed: {GRAPH_BACKEND}, or IDLM_DECODE_GRAPHS=off")
+    backend = server_args.cuda_graph_config.decode.backend
+    if backend != "full":
+        raise SettingError(f"IDLM_DECODE_GRAPHS=on cannot be served with --cuda-graph-backend-decode {backend}; allowed: full, or IDLM_DECODE_GRAPHS=off")
+    return ON
+
+
+def disable_decode_graphs(server_args) -> None:
+    """Decode CUDA graphs off. The worker refuses to start with a runner that is not its own."""
     if str(server_args.device).startswith("cpu"):
         return
-    logger.warning("idlm: decode CUDA graphs are off; decode forwards run eagerly")
     config = server_args.cuda_graph_config
     if config is not None and hasattr(config, "decode"):
         from sglang.srt.arg_groups.cuda_graph_hook import Backend

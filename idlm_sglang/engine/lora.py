@@ -39,7 +39,7 @@ class Gate:
 
     Attributes:
         rows: ``(R,)`` int64 row numbers on the device, each once, or None: the adapter is left out. A view of one buffer, and
-            ``R = B (N - 1)`` follows from batch size and stride: what a CUDA graph of that size would have captured stays valid.
+            ``R = B (N - 1)`` follows from batch size and stride: what a CUDA graph of that size has captured stays valid.
     """
 
     def __init__(self, adapted: bool = False):
@@ -78,6 +78,28 @@ class Gate:
         starts = first + torch.arange(len(counts), device=counts.device) * (2 * k + 1)
         rows = (starts[:, None] + mask_rows(counts, k)).flatten()
         return self.on(rows if others is None else torch.cat((others, rows)))
+
+    # For captured forwards (engine.graphs), whose rows are the buffer's first ones, padding requests included.
+
+    @contextmanager
+    def on_reserved(self, rows: int) -> Iterator[None]:
+        """In here forwards add the adapter at the rows that the buffer's first ``rows`` entries name, whatever these are by then."""
+        before = self.rows
+        self.rows = self._buffer[:rows] if self.adapted and rows else None
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def padding(self, size: int, k: int, device) -> torch.Tensor:
+        """``(size * k,)`` int64: the MASK rows of ``size`` requests without drafts; of none, where nothing is gated."""
+        requests = torch.arange(size if self.adapted else 0, device=device)
+        return (requests[:, None] * (2 * k + 1) + mask_rows(torch.zeros_like(requests), k)).flatten()
+
+    def put(self, rows: torch.Tensor, first: int) -> None:
+        """Write row numbers into the buffer, from entry ``first`` on."""
+        if len(rows):
+            self._buffer[first : first + len(rows)].copy_(rows)
 
     def keep_eager(self, runner) -> None:
         """Gated forwards stay out of a prefill graph runner: its graphs were captured without the adapter."""

@@ -46,6 +46,16 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         if not forward_batch.forward_mode.is_idle():
             self.forward_metadata = self._plan(forward_batch)
 
+    # For `platform.calls`: each captured batch size has a list for its plan, which a replay fills before it runs.
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._captured: dict[int, list[Plan]] = {}
+
+    def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
+        if in_capture:
+            self.forward_metadata = self._captured[forward_batch.batch_size] = []
+        self._captured[forward_batch.batch_size][:] = self._plan(forward_batch)
+
     def _plan(self, forward_batch: ForwardBatch) -> list[Plan]:
         seq_lens, table = forward_batch.seq_lens, self.req_to_token_pool.req_to_token
         new_visible = None

@@ -88,6 +88,12 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == "ISD"
 
+    def get_full_graph_backend_cls(self) -> type:
+        # `capabilities.graph_capture` stays off: SGLang captures nothing; IDLM_DECODE_GRAPHS=on does (engine.graphs).
+        from idlm_sglang.platform.calls import RecordedCalls
+
+        return RecordedCalls
+
     def get_dispatch_key_name(self) -> str:
         return "native"
 

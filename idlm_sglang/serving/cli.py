@@ -91,6 +91,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--salvage", metavar="MODE", help="what a rejection leaves for the next step: auto (default), branch, chain or off")
     option("--mixed-steps", metavar="on|off", help="with the overlap schedule off, decode steps ride in the forwards of prompts (default on)")
     option("--step-ops", metavar="KIND", help="what turns logits into tokens: auto (default), torch, or triton, the project's kernels on a CUDA GPU")
+    option("--decode-graphs", metavar="on|off|auto", help="decode forwards in CUDA graphs, one set per stride (default auto: off until they have been measured)")
     option("--idlm-lora", metavar="ADAPTER", help="a LoRA adapter (PEFT's directory) for the MASK rows alone: the answers are MODEL's own")
     option("--demo", metavar="NAME", help="which embedded model, where none is named: idlm (default), or risd, a plain AR model with such an adapter")
     option("--ar", action="store_true", help="serve autoregressively, the plugin loaded: the baseline")

@@ -60,6 +60,7 @@ def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
         (None, {"IDLM_SALVAGE": "on"}, ["IDLM_SALVAGE", "'on'", "auto, branch, chain, off"]),
         (None, {"IDLM_MIXED_STEPS": "yes"}, ["IDLM_MIXED_STEPS", "'yes'", "on, off"]),
         (None, {"IDLM_STEP_OPS": "cuda"}, ["IDLM_STEP_OPS", "'cuda'", "auto, torch, triton"]),
+        (None, {"IDLM_DECODE_GRAPHS": "yes"}, ["IDLM_DECODE_GRAPHS", "'yes'", "auto, on, off"]),
         (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),
     ],
 )

@@ -64,7 +64,8 @@ def test_ar_serves_the_same_checkpoint_without_an_algorithm():
 
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
-    got = launch("--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain", "--mixed-steps", "off", "--step-ops", "torch")
+    flags = ["--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain"]
+    got = launch(*flags, "--mixed-steps", "off", "--step-ops", "torch", "--decode-graphs", "on")
     assert got.environ == {
         "IDLM_STRIDE": "3",
         "IDLM_MAX_STRIDE": "8",
@@ -74,6 +75,7 @@ def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
         "IDLM_SALVAGE": "chain",
         "IDLM_MIXED_STEPS": "off",
         "IDLM_STEP_OPS": "torch",
+        "IDLM_DECODE_GRAPHS": "on",
     }
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 
