@@ -14,7 +14,7 @@ def search_in_time(expression: str, text: str, flags: int = 0) -> bool | None:
     """
     try:
         return searcher(expression).found(text) or None
-    except Unsearchable as why:
+    except (Unsearchable, OverflowError) as why:
         # HTTP refuses these; for any other way in, SGLang ends the request over an invalid expression.
         raise re.error(str(why)) from why
 

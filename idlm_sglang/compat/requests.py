@@ -1,10 +1,23 @@
 """What becomes of a request: admission, seeds, penalties."""
 
+import re
 from collections.abc import Callable
 
 from idlm_sglang.compat.running import is_isd
 from idlm_sglang.config import ALGORITHM
 from idlm_sglang.engine.stops import refused as unsearchable
+
+
+def readable_expressions(original: Callable, params, tokenizer) -> None:
+    """What: ``SamplingParams.normalize`` ends in a ValueError, a bad request, over a stop expression that Python cannot read.
+    Why: the parser's own errors are none, and come to HTTP 500.
+    Guard: the hook applied; a test sends one.
+    Goes when: SGLang answers with 400.
+    """
+    try:
+        original(params, tokenizer)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"stop_regex {params.stop_regex_strs!r} is not valid: {error}") from error
 
 
 def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:

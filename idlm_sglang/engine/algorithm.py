@@ -184,7 +184,7 @@ class IsdAlgorithm(CustomSpecAlgo):
         width = server_args.speculative_num_draft_tokens
         if width not in (None, settings.max_width):
             raise SettingError(
-                f"--speculative-num-draft-tokens {width} does not fit stride {settings.max_stride}; "
+                f"--speculative-num-draft-tokens {width} does not fit strides of up to {settings.max_stride}{' (auto)' if settings.auto else ''}; "
                 f"allowed: {settings.max_width} (2N - 1), or leave it out"
             )
         mask_id, source = check_checkpoint(server_args, settings)

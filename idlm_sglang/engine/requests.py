@@ -72,11 +72,11 @@ def server_seed() -> int:
     return derived_seed(torch.initial_seed(), get_parallel().dp_rank or 0)
 
 
-def stride_limit(plan: RequestPlan, settings: Settings, server_stride: int) -> int:
-    """Most drafts the request may carry: its stride minus one."""
+def stride_limit(plan: RequestPlan, settings: Settings, server_stride: int, most: int = MAX_STRIDE) -> int:
+    """Most drafts the request may carry: its stride minus one, ``most`` being the largest stride there is room for."""
     if plan.mode != STRIDED:
         return 0
-    return min(plan.stride or server_stride, settings.max_stride, MAX_STRIDE) - 1
+    return min(plan.stride or server_stride, settings.max_stride, most) - 1
 
 
 class BatchRows:
@@ -92,8 +92,8 @@ class BatchRows:
         penalised: the penalised rows, or None.
     """
 
-    def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, vocab: int, device):
-        limits = [stride_limit(plan, settings, server_stride) for plan in plans]
+    def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, vocab: int, device, most: int = MAX_STRIDE):
+        limits = [stride_limit(plan, settings, server_stride, most) for plan in plans]
         # Walking a grammar looks at drafts, which only the coupled rule permits.
         coupled = [plan.coupled or req.grammar is not None for req, plan in zip(reqs, plans)]
         host = torch.tensor(

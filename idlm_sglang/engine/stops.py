@@ -18,7 +18,9 @@ import re2
 
 # Of a request's automata together: RE2 takes one operation per byte of text, and up to that many where an automaton outgrows its memory.
 MOST_STATES = 512
-_MEMORY = 4 * 2**20  # bytes for each automaton
+_MEMORY = 2**20  # bytes for each automaton
+# Expressions whose automata are kept: a batch of 32 requests with as many expressions as SGLang takes, lest each step makes them anew.
+_KEPT = 1024
 # Steps of backtracking from one place of the text: the ways to match there times the longest of them.
 MOST_STEPS = 1000
 _INFINITE = float("inf")
@@ -49,13 +51,15 @@ class Searcher:
     Attributes:
         found: whether a text contains a match: the answer of ``re.search(expression, text) is not None``.
         states: of its automaton, one for each character of the expression with its repeats written out; 0 where ``re`` searches.
+        steps: of backtracking from one place of the text where ``re`` searches, at most; else 0.
     """
 
     found: Callable[[str], bool]
     states: int
+    steps: float
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=_KEPT)
 def searcher(expression: str) -> Searcher:
     """How to search for an expression.
 
@@ -67,30 +71,34 @@ def searcher(expression: str) -> Searcher:
     try:
         automaton = re2.compile(_translated(parsed, parsed.state.flags, tail=True), _options())
         if (states := _states(parsed)) <= MOST_STATES:
-            return Searcher(lambda text: automaton.search(text) is not None, states)
+            return Searcher(lambda text: automaton.search(text) is not None, states, 0)
         why = f"has {states} characters, repeats written out (up to {MOST_STATES}),"
     except re2.error:
         why = "is too large"
     except _NotRegular as error:
         why = f"has {error}"
-    if _ways(parsed) * _length(parsed) > MOST_STEPS:
+    # Not a number where something without an end occurs no time at all.
+    if not (steps := _ways(parsed) * _length(parsed)) <= MOST_STEPS:
         raise Unsearchable(why)
-    return Searcher(lambda text: search(text) is not None, 0)
+    return Searcher(lambda text: search(text) is not None, 0, steps)
 
 
 def refused(expressions: Sequence[str]) -> str:
     """Why the server does not search for these, in one line, or nothing."""
-    states = 0
+    states, steps = 0, 0.0
     for expression in expressions or ():
         try:
-            states += searcher(expression).states
+            found = searcher(expression)
         except Unsearchable as why:
             limits = f"no look-around, back-references, \\b, atomic groups and possessive repeats, unless all of it matches in up to {MOST_STEPS} steps from one place"
             return f"stop_regex {expression!r} {why} and could be searched for without end; allowed: {limits}"
         except (re.error, RecursionError, OverflowError) as error:
             return f"stop_regex {expression!r} is not valid: {error}"
-    if states > MOST_STATES:
-        return f"stop_regex has {states} characters in all its expressions, repeats written out; allowed: up to {MOST_STATES}"
+        states, steps = states + found.states, steps + found.steps
+        if states > MOST_STATES:
+            return f"stop_regex has {states} characters in its expressions up to {expression!r}, repeats written out; allowed: up to {MOST_STATES} in all"
+        if steps > MOST_STEPS:
+            return f"stop_regex takes up to {steps:.0f} steps of backtracking from one place in its expressions up to {expression!r}; allowed: up to {MOST_STEPS} in all"
     return ""
 
 
@@ -124,7 +132,9 @@ def _node(kind, value, flags: int, tail: bool) -> str:
         return f"(?:{'|'.join(_translated(branch, flags, tail) for branch in value[1])})"
     if kind is sre.SUBPATTERN:
         _, added, removed, inner = value
-        return f"(?:{_translated(inner, (flags | added) & ~removed, tail)})"
+        # One of (?a), (?u), (?L) in a group is in place of that outside.
+        kept = flags & ~_parser.TYPE_FLAGS if added & _parser.TYPE_FLAGS else flags
+        return f"(?:{_translated(inner, (kept | added) & ~removed, tail)})"
     if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):
         least, most, inner = value
         # Which of the matches is found is of no interest, so that greedy and lazy are one.
@@ -245,13 +255,22 @@ def _ways(parsed) -> float:
             least, most, inner = value
             if most is sre.MAXREPEAT:
                 return _INFINITE
-            each = _ways(inner)
-            ways *= most - least + 1 if each == 1 else min(_INFINITE, (each ** min(most + 1, 64) - 1) / (each - 1)) if most < 64 else _INFINITE
+            ways *= _repeated(_ways(inner), least, most)
         elif kind is sre.GROUPREF_EXISTS:
             ways *= sum(_ways(branch) for branch in value[1:] if branch is not None)
         else:
             ways *= _product(_ways(inner) for inner in _inner(kind, value))
     return ways
+
+
+def _repeated(each: float, least: int, most: int) -> float:
+    """Ways of ``least`` to ``most`` repeats of what has ``each`` ways."""
+    if each in (1, _INFINITE):
+        return each if each > 1 else most - least + 1
+    try:
+        return (each ** (most + 1) - 1) / (each - 1)
+    except OverflowError:
+        return _INFINITE
 
 
 def _length(parsed) -> float:

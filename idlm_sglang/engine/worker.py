@@ -11,7 +11,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
-from idlm_sglang.config import AUTO, REJECTION, SettingError, handed_down
+from idlm_sglang.config import AUTO, MAX_STRIDE, REJECTION, SettingError, handed_down
 from idlm_sglang.engine import graphs, lora, reserve
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.beside import can_join, prefill
@@ -153,7 +153,11 @@ class IsdWorker(BaseSpecWorker):
     def stride_for(self, requests: int) -> int:
         """The stride of a step of that many requests: where the controller chose it, its logits fit. A batch may grow faster
         than it decides."""
-        return max(min(self.stride, (self._most_rows // requests + 1) // 2), 1) if self.auto else self.stride
+        return min(self.stride, self._most_for(requests))
+
+    def _most_for(self, requests: int) -> int:
+        """The largest stride whose logits fit, a request's own choice included, where the controller chooses."""
+        return max((self._most_rows // requests + 1) // 2, 1) if self.auto else MAX_STRIDE
 
     def agreed(self, value: int) -> int:
         """The first tensor-parallel rank's ``value``, on all of them."""
@@ -225,7 +229,7 @@ class IsdWorker(BaseSpecWorker):
         if key not in self._rows:
             if len(self._rows) == _KEPT_ROWS:
                 self._rows.pop(next(iter(self._rows)))
-            self._rows[key] = BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device)
+            self._rows[key] = BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device, self._most_for(len(plans)))
         return self._rows[key]
 
     def _extend(self, batch, on_publish):

@@ -7,7 +7,7 @@ import pytest
 from idlm_sglang.config import Settings
 from idlm_sglang.engine.calibrate import batch_sizes
 from idlm_sglang.engine.clock import StepClock
-from idlm_sglang.engine.requests import SINGLE, STRIDED, RequestPlan
+from idlm_sglang.engine.requests import SINGLE, STRIDED, RequestPlan, stride_limit
 from idlm_sglang.engine.worker import IsdWorker
 
 
@@ -87,8 +87,11 @@ def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept()
     chosen = {requests: worker.stride_for(requests) for requests in (1, 200, 201, 1000, 4000)}
     assert chosen == {1: 8, 200: 8, 201: 7, 1000: 2, 4000: 1}
     assert all((2 * n - 1) * requests <= 3000 for requests, n in chosen.items() if n > 1)
+    # What a request asks for itself is bounded likewise: it makes the whole step as wide.
+    asks, settings = a_request(stride=8).idlm_plan, Settings(stride=4, max_stride=8)
+    assert [stride_limit(asks, settings, 1, worker._most_for(n)) for n in (200, 1000, 4000)] == [7, 1, 0]
     worker.auto = False
-    assert worker.stride_for(4000) == 8
+    assert worker.stride_for(4000) == 8 and stride_limit(asks, settings, 1, worker._most_for(4000)) == 7
 
 
 def test_step_times_are_measured_from_one_request_to_as_many_as_run():

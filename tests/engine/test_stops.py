@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm_sglang.engine.stops import MOST_STATES, refused, searcher
+from idlm_sglang.engine.stops import MOST_STATES, MOST_STEPS, refused, searcher
 
 EVERYTHING = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF)
 # Some that Python and RE2 count differently, or whose cases are several.
@@ -19,7 +19,7 @@ EXPRESSIONS = st.recursive(
         st.lists(inner, min_size=1, max_size=3).map("".join),
         st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"({'|'.join(parts)})"),
         st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "+?", "{2,}"])).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
-        st.tuples(st.sampled_from(["?=", "?!", "?<!", "?i:", "?s:", "?>"]), inner).map(lambda pair: f"({pair[0]}{pair[1]})"),
+        st.tuples(st.sampled_from(["?=", "?!", "?<!", "?i:", "?s:", "?>", "?a:", "?u:"]), inner).map(lambda pair: f"({pair[0]}{pair[1]})"),
     ),
     max_leaves=6,
 )
@@ -56,7 +56,7 @@ def test_expressions_that_backtrack_for_ever_are_searched_nonetheless(expression
     assert not searcher(expression).found("a" * 100_000)
 
 
-@pytest.mark.parametrize("expression", [r"(a+)+\bb", "(?=(a+)+b)", r"(a+)+\1b", "(?>(a+)+)b", "(a|aa)*+b", r"(a?){30}a{30}\b", "(?i)(É+)+b", "(a{1,1000}){1,1000}b", r"(?<!x)(a|aa){40}b", "((a{1,30}){1,30})x"])
+@pytest.mark.parametrize("expression", [r"(a+)+\bb", "(?=(a+)+b)", r"(a+)+\1b", "(?>(a+)+)b", "(a|aa)*+b", r"(a?){30}a{30}\b", "(?i)(É+)+b", "(a{1,1000}){1,1000}b", r"(?<!x)(a|aa){40}b", "((a{1,30}){1,30})x", r"\b((a|b){1,20}){1,63}", r"\b(x*){0}(a|a)+b"])
 def test_what_no_automaton_searches_and_could_take_long_is_refused_in_one_line(expression):
     said = refused(["fine", expression])
     assert said.startswith("stop_regex ") and repr(expression) in said and "allowed: " in said and "\n" not in said
@@ -67,9 +67,15 @@ def test_what_no_automaton_searches_and_cannot_take_long_stays_with_python(expre
     assert not refused([expression]) and searcher(expression).states == 0
 
 
-def test_the_automata_of_one_request_are_small_together():
+def test_what_one_request_searches_for_is_small_together():
     assert not refused(["(a{1,10}){1,10}b+"] * 5)
     assert f"up to {MOST_STATES}" in refused(["(a{1,10}){1,10}b+"] * 6)
+    assert not refused([r"\bEND\b"] * 32)
+    assert f"up to {MOST_STEPS}" in refused([r"\b(ab|cde){4}\b"] * 32)
+
+
+def test_a_flag_in_a_group_is_in_place_of_that_outside():
+    assert searcher(r"(?a)x(?u:\w)").found("xé") and not searcher(r"(?a)x\w").found("xé")
 
 
 @pytest.mark.parametrize("expression", ["(", r"\1", "a{2,1}", "*"])

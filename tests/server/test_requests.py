@@ -85,6 +85,7 @@ def test_a_stop_expression_that_backtracks_stops_nobody(request, server):
         ({"top_k": 2**40, "temperature": 1.0}, "top_k"),
         ({"sampling_seed": 2**63}, "seed"),
         ({"stop_regex": ["fine", r"(a+)+\bb"]}, "stop_regex"),
+        ({"stop_regex": "("}, "stop_regex"),
     ],
 )
 def test_a_hostile_parameter_is_a_400_that_names_it(isd, params, names):
