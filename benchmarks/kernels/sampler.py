@@ -20,10 +20,13 @@ VARIANTS = ("temperature", "min-p", "paper")
 
 def sampler():
     """The engine's sampler without a server around it: what it reads of one is set at start and not used here."""
+    from idlm_sglang.config import TORCH
     from idlm_sglang.engine.sampler import TokenKeyedSampler
+    from idlm_sglang.engine.step_ops import step_ops
 
     made = TokenKeyedSampler.__new__(TokenKeyedSampler)
     torch.nn.Module.__init__(made)
+    made._ops = step_ops(TORCH)
     return made
 
 
@@ -62,7 +65,7 @@ def arms_of(size: Size, variant: str, options: Options) -> list[Arm]:
 
     def check(got: torch.Tensor, want: torch.Tensor) -> None:
         # One token per row says little about the tail of a peaked distribution.
-        same_distribution(made._target(logits, info, rows.seed), by_row(logits[:, None], rows)[:, 0])
+        same_distribution(made._ops.keep(logits.float()[:, None], made._rows_of(info, rows.seed)), by_row(logits[:, None], rows)[:, 0])
         assert int((got != want).sum()) <= len(want) // 64, f"{int((got != want).sum())} of {len(want)} tokens differ"
 
     def by_sglang(seed: torch.Tensor | None) -> torch.Tensor:

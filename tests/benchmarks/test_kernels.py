@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.kernels import choose, page_table, penalties, propose, state, step, target, verify
 from benchmarks.kernels.harness import LIBRARY, OPS, OURS, REFERENCE, Arm, Case, Options, main, measure
-from idlm_sglang.engine import sampler
+from idlm_sglang.engine import step_ops
 from idlm_sglang.engine.grammar import GrammarStep
 from idlm_sglang.isd import noise
 from idlm_sglang.platform import attention
@@ -55,7 +55,7 @@ BROKEN = {
     "choose": (choose, "target_scores", lambda op: lambda logits, rows: op(logits, rows).roll(1, -1)),
     "propose": (propose, "propose", lambda op: lambda *args: replace(op(*args), drafts=op(*args).drafts + 1)),
     "step": (step, "isd_step", lambda op: lambda *args: replace(op(*args), last=op(*args).last + 1)),
-    "sampler": (sampler, "target_scores", untruncated),
+    "sampler": (step_ops, "target_scores", untruncated),
     "penalties": (penalties, "penalise", lambda op: lambda a, b, c, d, in_front, *rest: op(a, b, c, d, torch.zeros_like(in_front), *rest)),
     "grammar": (GrammarStep, "apply", lambda op: lambda self, logits: None),
     "state": (state, "step_tokens", lambda op: lambda pending, drafts, counts, mask: op(pending, drafts, counts * 0 + 1, mask)),

@@ -70,7 +70,7 @@ def the_live_page_asks_for_the_key(url):
 def test_the_embedded_checkpoint_is_served_with_one_command_and_leaves_nothing_behind(served):
     process, output = served
     text = output.read_text()
-    for part in ('as "idlm-demo"', "float32", "stride 4", "64 requests", "from the config", "/metrics", "idlm: ready after"):
+    for part in ('as "idlm-demo"', "float32", "stride auto", "64 requests", "from the config", "/metrics", "idlm: ready after"):
         assert part in text
     line = text.splitlines()[-1].strip()
     answer = json.loads(subprocess.run(line, shell=True, capture_output=True, text=True, check=True, env=os.environ | {"API_KEY": KEY}).stdout)
