@@ -11,6 +11,8 @@ from typing import Any
 from idlm_sglang.bench.options import masked
 from idlm_sglang.bench.servers import Served
 from idlm_sglang.config import AUTO
+from idlm_sglang.platform import accelerator_available
+from idlm_sglang.platform.threads import threads_per_rank
 from idlm_sglang.serving.device import device_name
 
 _PACKAGES = ("idlm-sglang", "sglang", "torch", "transformers", "triton", "flashinfer-python")
@@ -27,8 +29,13 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "device": device_name(),
         "processor": _processor(),
-        "threads": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ},
+        "threads": _threads(),
     }
+
+
+def _threads() -> dict[str, str]:
+    found = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
+    return found if found or accelerator_available() else {"OMP_NUM_THREADS": f"{threads_per_rank(1)} (the CPU platform's default)"}
 
 
 def server(served: Served) -> dict[str, Any]:

@@ -33,7 +33,7 @@ MODEL is a directory or a repository's owner/name; without it the embedded demo 
 An arm is [NAME=]BASE [SGLang flags], BASE one of
   stock        SGLang without the plugin, one token per forward
   ar           the same with the plugin loaded (idlm serve --ar)
-  isd, isd:N   ISD at the default stride, or at stride N; isd:auto lets the server choose, step by step
+  isd, isd:N   ISD, the server choosing its stride step by step (isd:auto is the same), or at stride N
   http://...   a server that runs already; it should have a device of its own and no other clients. Its prefix cache is emptied
                before each measurement
 

@@ -8,6 +8,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 from torch.profiler import ProfilerActivity
 
 from idlm_sglang.config import SettingError
+from idlm_sglang.platform.threads import threads_per_rank
 
 ATTENTION_BACKEND = "torch_native"
 
@@ -20,10 +21,6 @@ DEFAULT_CHUNKED_PREFILL_SIZE = 1_024
 # cores, and a spinning thread then costs its partner whole time slices. Read by the OpenMP runtime when a worker
 # process starts.
 OPENMP_SPIN_COUNT = "1000"
-
-# Threads of a forward wait for each other many times in it. Where one of them has to wait for its core, which the HTTP server or the
-# client has just then, all stand still.
-CORES_FOR_OTHERS = 1
 
 # With "1" the overlap schedule stays on. On a CPU the forward itself takes the cores that scheduling would overlap with,
 # each answer costs one step too many, and its tokens leave one step late.
@@ -59,7 +56,8 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.disable_overlap_schedule = True
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(server_args.tp_size * server_args.dp_size)))
+        ranks = max(server_args.tp_size * server_args.dp_size // server_args.nnodes, 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(ranks)))
         for field, default in (
             ("max_total_tokens", DEFAULT_MAX_TOTAL_TOKENS),
             ("max_running_requests", DEFAULT_MAX_RUNNING_REQUESTS),
@@ -109,12 +107,6 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from idlm_sglang.platform.linear import pack_weights
 
         pack_weights(model)
-
-
-def threads_per_rank(ranks: int) -> int:
-    """OpenMP threads of each of ``ranks`` worker processes, at least 1: the cores that this process may use, but for one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max((cores - CORES_FOR_OTHERS) // ranks, 1)
 
 
 def _switch(name: str) -> bool:

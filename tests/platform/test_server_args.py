@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from idlm_sglang.platform import cpu
+from idlm_sglang.platform import threads as cores
 from idlm_sglang.platform.cpu import IdlmCpuPlatform
 
 
@@ -32,6 +33,7 @@ def _applied(**given):
             "disable_overlap_schedule": False,
             "tp_size": 1,
             "dp_size": 1,
+            "nnodes": 1,
         }
         | given
     )
@@ -64,9 +66,15 @@ def test_openmp_threads_spin_briefly_unless_told_otherwise(monkeypatch):
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
-@pytest.mark.parametrize("cores, ranks, threads", [(1, 1, "1"), (2, 1, "1"), (2, 2, "1"), (16, 1, "15"), (16, 4, "3")])
-def test_a_core_is_left_to_the_other_processes_unless_told_otherwise(monkeypatch, cores, ranks, threads):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+@pytest.mark.parametrize(
+    "affinity, physical, quota, ranks, threads",
+    [(1, 1, "max 100000", 1, "1"), (2, 2, "max 100000", 1, "1"), (2, 2, "", 2, "1"), (32, 16, "", 1, "15"), (32, 16, "", 4, "3"), (64, 32, "400000 100000", 1, "3"), (4, 32, "", 1, "3")],
+)
+def test_a_core_is_left_to_the_other_processes_unless_told_otherwise(monkeypatch, tmp_path, affinity, physical, quota, ranks, threads):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(cores, "_QUOTA", tmp_path / ("cpu.max" if quota else "none"))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(cores.psutil, "cpu_count", lambda logical: None if logical else physical)
     _applied(tp_size=ranks)
     assert os.environ["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
