@@ -22,6 +22,8 @@ class Served(Server):
 
     def __init__(self, name: str, logs: Path, *flags: str, env: dict | None = None, model: str = CHECKPOINT, key: str | None = None, port: int | None = None):
         super().__init__(name, model, logs, env=env)
+        # A server reads custom logit processors by the name of the module that they are from: one of these tests.
+        self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), self.env.get("PYTHONPATH")]))
         self.port = port or self.port
         self.url = f"http://127.0.0.1:{self.port}"
         self.server_log = logs / f"{name}.server.log"
