@@ -4,8 +4,8 @@ The noise of a token does not depend on the batch, the stride, the order of arri
 its competitors: this is what makes seeded text the same at any stride, and random draws agree across TP ranks.
 
 The generator is a keyed integer hash (two rounds of a 32-bit finaliser with full avalanche over two 32-bit keys per
-row). Its arithmetic is that of 32-bit integers: in int64 with masks for the keys of a row, in wrapping int32 for the row's V
-values. Multiplication gives the same low 32 bits either way, and so do CPU and GPU.
+row). Its arithmetic is that of 32-bit integers: in int64 with masks for the keys of a row, in wrapping int32 (NumPy's uint32 on a CPU) for the
+row's V values. Multiplication gives the same low 32 bits either way, and so do CPU and GPU, whose logarithms may differ in the last bit.
 """
 
 import numpy
@@ -38,9 +38,24 @@ def _mix_wrapping(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
+def _mix_unsigned(x: numpy.ndarray, shifted: numpy.ndarray) -> None:
+    """:func:`_mix` on a uint32 array, in place; ``shifted``: room for as many."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        numpy.right_shift(x, shift, out=shifted)
+        x ^= shifted
+        x *= numpy.uint32(factor)
+    numpy.right_shift(x, 16, out=shifted)
+    x ^= shifted
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    """Whether NumPy can read it: a plain tensor in the host's memory."""
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+
+
 def _row_keys(seeds: torch.Tensor, positions: torch.Tensor, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two 32-bit keys per row from 64-bit seeds ``(B,)`` and positions ``(B, R)``; both ``(B, R)`` int64."""
-    if type(seeds) is torch.Tensor and seeds.device.type == "cpu":
+    if _on_host(seeds):
         # Some fifty operations on a few integers: NumPy's cost a fraction of torch's there.
         first, second = _keys(seeds.numpy(), positions.numpy().astype(numpy.int64), stream, numpy.stack)
         return torch.from_numpy(first), torch.from_numpy(second)
@@ -83,8 +98,22 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int, stream: int
         ``(B, R, V)`` float32.
     """
     first, second = _row_keys(seeds, positions, stream)
+    # u is the exponential's survival value: small u gives large noise, where float32 is finest.
+    if _on_host(first):
+        # torch's log1p is vectorised on a CPU in float64 alone.
+        return _unit(_token_bits(first.numpy(), second.numpy(), vocab)).neg_().double().log1p_().neg_().float().log_().neg_()
     first, second = (key.to(torch.int32)[..., None] for key in (first, second))
     token = torch.arange(vocab, device=seeds.device, dtype=torch.int32) * _wrapped(0x9E3779B1)
     bits = _mix_wrapping(_mix_wrapping(token ^ first).bitwise_xor_(second))
-    # u is the exponential's survival value: small u gives large noise, where float32 is finest.
     return _unit(bits.to(torch.int64).bitwise_and_(_MASK32)).neg_().log1p_().neg_().log_().neg_()
+
+
+def _token_bits(first: numpy.ndarray, second: numpy.ndarray, vocab: int) -> torch.Tensor:
+    """The V 32-bit values of each row as ``(B, R, V)`` uint32, from its keys ``(B, R)`` int64."""
+    first, second = (key.astype(numpy.uint32)[..., None] for key in (first, second))
+    x = numpy.arange(vocab, dtype=numpy.uint32) * numpy.uint32(0x9E3779B1) ^ first
+    shifted = numpy.empty_like(x)
+    _mix_unsigned(x, shifted)
+    x ^= second
+    _mix_unsigned(x, shifted)
+    return torch.from_numpy(x)
