@@ -15,7 +15,8 @@ def test_bits_are_equal_and_values_differ_by_rounding_only(stream, device):
     got, bits = kernels.gumbel(SEEDS.to(device), POSITIONS.to(device), 1_031, stream)
     wanted, wanted_bits = kernels.gumbel_reference(SEEDS.to(device), POSITIONS.to(device), 1_031, stream)
     assert torch.equal(bits, wanted_bits)
-    assert torch.equal(wanted.cpu(), noise.gumbel(SEEDS, POSITIONS, 1_031, stream)) or device == "cuda"
+    # On a CPU its logarithms are those of float64.
+    torch.testing.assert_close(wanted.cpu(), noise.gumbel(SEEDS, POSITIONS, 1_031, stream), rtol=1e-6, atol=1e-6)
     error = ((got - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
     print(f"stream {stream}: {bits.numel()} values, {int((got != wanted).sum())} differ, by at most {error:.1e}")
     assert error < 1e-6
