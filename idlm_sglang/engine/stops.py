@@ -20,8 +20,9 @@ from idlm_sglang.engine.re2_words import NotRegular, translated
 
 # Of a request's automata together: RE2 takes one operation per byte of text, and up to that many where an automaton outgrows its memory.
 MOST_STATES = 512
-_MEMORY = 2**20  # bytes for each automaton
-# Expressions whose automata are kept: a batch of 32 requests with as many expressions as SGLang takes, lest each step makes them anew.
+_MEMORY = 4 * 2**20  # bytes for each automaton
+# Expressions whose automata are kept, lest each step makes them anew, in up to 50 ms: those of 32 requests with as many as SGLang takes. A request's
+# states bound what they take: some 30 KB each.
 _KEPT = 1024
 # Steps of backtracking from one place of the text: the ways to match there times the longest of them.
 MOST_STEPS = 1000
