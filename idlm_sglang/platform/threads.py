@@ -1,6 +1,7 @@
 """How many OpenMP threads a worker process gets on a CPU. Imports neither SGLang nor torch."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,10 +18,7 @@ def threads_per_rank(ranks: int) -> int:
     cores = [psutil.cpu_count(logical=False) or os.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
         cores.append(len(os.sched_getaffinity(0)))
-    try:
+    with suppress(OSError, ValueError):  # where there is no control group of this kind, or none with a limit ("max")
         quota, period = _QUOTA.read_text().split()
-        if quota != "max":
-            cores.append(int(quota) // int(period))
-    except (OSError, ValueError):
-        pass  # No control group of this kind.
+        cores.append(int(quota) // int(period))
     return max((min(cores) - _FOR_OTHERS) // ranks, 1)
