@@ -1,10 +1,6 @@
 """Captured decode forwards: which are captured, who replays what, and that a replay gives what the eager step gives."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +14,7 @@ from idlm_sglang.engine.graph_sizes import MOST_ROWS, batch_sizes, captured_stri
 from idlm_sglang.engine.graphs import DecodeGraphs, ready
 from idlm_sglang.engine.lora import Gate
 from idlm_sglang.engine.spec_io import IsdVerifyInput
+from tests import beside
 
 # SGLang's list for speculative decoding, up to 256.
 STOCK = [*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 257, 8)]
@@ -145,16 +142,18 @@ def test_dummy_forwards_have_a_verify_input(monkeypatch):
 
 
 # Interpreted Triton takes its time: without a GPU the adapter's run, in which everything of the other is, has to do.
-@pytest.fixture(scope="module", params=["triton", "triton risd"] if algorithm.accelerator_available() else ["triton risd"])
+RUNS = ("triton", "triton risd") if algorithm.accelerator_available() else ("triton risd",)
+
+
+def captured(run: str) -> tuple[str, ...]:
+    return ("-m", "tests.engine.captured", *run.split())
+
+
+@pytest.fixture(scope="module", params=[pytest.param(run, marks=pytest.mark.beside(*captured(run))) for run in RUNS])
 def steps(request):
     """The same steps eager and through captured forwards, in a process of their own (`captured.py`): on a GPU by real graphs, elsewhere with Triton
     interpreted, and calls in place of graphs."""
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment |= {} if algorithm.accelerator_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.engine.captured", *request.param.split()]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = beside.finished(request.config, *captured(request.param))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
