@@ -25,6 +25,7 @@ from idlm_sglang.config import SettingError
 _CARRIED = {"max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "stop_regex", "no_stop_trim", "skip_special_tokens", "temperature", "top_p", "top_k",
             "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "regex", "ebnf", "custom_params", "seed"}  # fmt: skip
 _PROMPT = {"messages", "chat_template_kwargs"}
+_OFTEN = 0.5  # share of the batches that have to have been full at once, for a figure of full batches
 
 
 def refuse(requests: Iterable[Request]) -> None:
@@ -110,7 +111,7 @@ class BatchCell:
         batches: measured, of all repeats.
         throughput: output tokens per second of all requests, from the last first token to the end of the last answer; over the batches of
             a repeat, tokens over time; median of the repeats.
-        steady: the same from the last first token to the first end of an answer; NaN where fewer than half of the batches had such a time.
+        steady: the same from the last first token to the first end of an answer, median of the batches; NaN where fewer than half of them had such a time.
         full: share of the time of ``throughput`` in which the batch was full.
         last_first: seconds to the last first token of a batch, median over the batches.
         tokens_per_forward: from the server's counters, None where unknown.
@@ -150,6 +151,8 @@ def _cell(arm: str, temperature: float, size: int, ours: dict[int, dict], refere
     told = {name: np.concatenate([np.asarray(r["batches"][name], float) for r in ours.values()]) for name in FIGURES}
     window, rate = told["steady_state_window_s"], told["steady_state_output_throughput"]
     some = ~np.isnan(window)
+    # A median: where the batch was full for a moment only, the rate is that of one burst from the socket.
+    steady = float(np.median(rate[some])) if some.mean() >= _OFTEN else math.nan
     tpf = [r["decoding"]["tokens_per_forward"] for r in ours.values() if r["decoding"]]
     shared = sorted(ours.keys() & reference.keys()) if reference else []
     return BatchCell(
@@ -159,7 +162,7 @@ def _cell(arm: str, temperature: float, size: int, ours: dict[int, dict], refere
         len(ours),
         len(some),
         float(np.median([throughput(r) for r in ours.values()])),
-        float(np.dot(rate[some], window[some]) / window[some].sum()) if some.mean() >= 0.5 else math.nan,
+        steady,
         float(window[some].sum() / (told["latency"] - told["last_ttft"]).sum()),
         float(np.median(told["last_ttft"])),
         float(np.mean(tpf)) if len(tpf) == len(ours) else None,

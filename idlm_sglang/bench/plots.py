@@ -70,7 +70,7 @@ def _throughput(cells: Sequence[Cell | BatchCell], colours: dict[str, str], of: 
 
 
 def _one_batch(batches: Sequence[BatchCell], colours: dict[str, str]):
-    return _throughput(batches, colours, "one batch: tokens per second behind the last first token") if batches else None
+    return _throughput(batches, colours, "one batch: decode tokens per second") if batches else None
 
 
 def _speedup(cells: Sequence[Cell], colours: dict[str, str]):

@@ -24,7 +24,7 @@ efficiency: TPF²/queries. Acceptance by position: of the drafts verified at thi
 
 READING_BATCHES = """\
 One batch: requests that start together, and nothing behind them, batch after batch. Decode: tokens of all requests behind the last
-first token, over the time from there to the last end. Steady: from there to the first end, which is `full` of that time. Ratio: of decode, as above."""
+first token, over the time from there to the last end. Steady: from there to the first end, median of the batches; full: its share of that time. Ratio: of decode, as above."""
 
 
 def title(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
