@@ -25,6 +25,8 @@ from idlm_sglang.config import SettingError
 _CARRIED = {"max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "stop_regex", "no_stop_trim", "skip_special_tokens", "temperature", "top_p", "top_k",
             "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "regex", "ebnf", "custom_params", "seed"}  # fmt: skip
 _PROMPT = {"messages", "chat_template_kwargs"}
+# Settings of a server that change the prompts of chats.
+_TEMPLATES = ("chat_template", "hf_chat_template_name", "default_chat_template_kwargs")
 _OFTEN = 0.5  # share of the batches that have to have been full at once, for a figure of full batches
 
 
@@ -41,9 +43,11 @@ def refuse(requests: Iterable[Request]) -> None:
 
 def check_template(served: Served) -> None:
     """Raise :class:`BenchError` for a server that makes other prompts of a chat than the checkpoint's tokenizer does."""
-    found = served.get("/server_info").get("chat_template")
-    if found:
-        raise BenchError(f"arm {served.arm.name} has --chat-template {str(found)[:100]}, and --one-batch sends prompts in the checkpoint's own; allowed: arms without it")
+    info = served.get("/server_info")
+    for name in _TEMPLATES:
+        if info.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise BenchError(f"arm {served.arm.name} has {flag} {str(info[name])[:100]}, and --one-batch sends prompts in the checkpoint's own template; allowed: arms without it")
 
 
 def measure(served: Served, point: Point, requests: list[Request], tokenizer: str, warm: bool, scratch: Path, log: Path) -> dict[str, Any]:
