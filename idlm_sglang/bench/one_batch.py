@@ -27,6 +27,7 @@ _CARRIED = {"max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", 
 _PROMPT = {"messages", "chat_template_kwargs"}
 # Settings of a server that change the prompts of chats.
 _TEMPLATES = ("chat_template", "hf_chat_template_name", "default_chat_template_kwargs")
+_BURST = 3.0  # times the median rate of a repeat, which no decode step reaches: the tokens had waited for the client or the HTTP server
 _OFTEN = 0.5  # share of the batches that have to have been full at once, for a figure of full batches
 
 
@@ -113,6 +114,8 @@ class BatchCell:
 
     Attributes:
         batches: measured, of all repeats.
+        bursts: batches of them at more than 3 times the median rate of their repeat. Their first tokens came late, with those behind them,
+            because a process had to wait for its core: their decode time is too short, and the figures are those of a busy machine.
         throughput: output tokens per second of all requests, from the last first token to the end of the last answer; over the batches of
             a repeat, tokens over time; median of the repeats.
         steady: the same from the last first token to the first end of an answer, median of the batches; NaN where fewer than half of them had such a time.
@@ -127,6 +130,7 @@ class BatchCell:
     concurrency: int
     repeats: int
     batches: int
+    bursts: int
     throughput: float
     steady: float
     full: float
@@ -151,6 +155,12 @@ def throughput(result: dict[str, Any]) -> float:
     return float(np.dot(told["output_throughput"], seconds) / seconds.sum())
 
 
+def bursts(result: dict[str, Any]) -> int:
+    """Batches of one point whose tokens behind the last first token came at once."""
+    rates = np.asarray(result["batches"]["output_throughput"])
+    return int((rates > _BURST * np.median(rates)).sum())
+
+
 def _cell(arm: str, temperature: float, size: int, ours: dict[int, dict], reference: dict[int, dict] | None) -> BatchCell:
     told = {name: np.concatenate([np.asarray(r["batches"][name], float) for r in ours.values()]) for name in FIGURES}
     window, rate = told["steady_state_window_s"], told["steady_state_output_throughput"]
@@ -165,6 +175,7 @@ def _cell(arm: str, temperature: float, size: int, ours: dict[int, dict], refere
         size,
         len(ours),
         len(some),
+        sum(map(bursts, ours.values())),
         float(np.median([throughput(r) for r in ours.values()])),
         steady,
         float(window[some].sum() / (told["latency"] - told["last_ttft"]).sum()),

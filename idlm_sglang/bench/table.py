@@ -24,7 +24,8 @@ efficiency: TPF²/queries. Acceptance by position: of the drafts verified at thi
 
 READING_BATCHES = """\
 One batch: requests that start together, and nothing behind them, batch after batch. Decode: tokens of all requests behind the last
-first token, over the time from there to the last end. Steady: from there to the first end, median of the batches; full: its share of that time. Ratio: of decode, as above."""
+first token, over the time from there to the last end. Steady: from there to the first end, median of the batches; full: its share of that time. Ratio: of decode, as above.
+In a burst: batches at more than 3 times the median rate, whose first tokens waited for a busy machine; where there are some, measure again."""
 
 
 def title(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
@@ -125,11 +126,11 @@ def _decoding(cells: list[Cell]) -> str:
 
 
 def _one_batch(cells: Sequence[BatchCell]) -> str:
-    head = ["T", "C", "arm", "decode tok/s", "steady tok/s", "full", "last first token (ms)", "TPF", "ratio", "batches"]
+    head = ["T", "C", "arm", "decode tok/s", "steady tok/s", "full", "last first token (ms)", "TPF", "ratio", "batches", "in a burst"]
     rows = []
     for c in cells:
         tpf = "unknown" if c.tokens_per_forward is None else f"{c.tokens_per_forward:.2f}"
-        figures = [f"{c.throughput:.0f}", _rate(c.steady), f"{c.full:.0%}", f"{c.last_first * _MS:.0f}", tpf, str(c.ratio or "1"), c.batches]
+        figures = [f"{c.throughput:.0f}", _rate(c.steady), f"{c.full:.0%}", f"{c.last_first * _MS:.0f}", tpf, str(c.ratio or "1"), c.batches, c.bursts]
         rows.append([f"{c.temperature:g}", c.concurrency, c.arm, *figures])
     return _table(head, rows)
 

@@ -112,6 +112,13 @@ def test_a_slowdown_of_a_fifth_is_found():
     assert slow.steady == pytest.approx(400) and slow.full == pytest.approx(0.5) and slow.last_first == 0.05 and slow.batches == 24
 
 
+def test_answers_that_waited_for_a_busy_machine_are_counted():
+    """Two of 8 batches: 64 tokens in 2 ms, as no decode step makes them."""
+    one = result(np.random.default_rng(0))
+    one["batches"]["output_throughput"][2:4] = [64 / 0.002] * 2
+    assert one_batch.cells({Point("ar", 0.0, 4, 0): one, Point("ar", 0.0, 4, 1): result(np.random.default_rng(1))}, ["ar"])[0].bursts == 2
+
+
 @pytest.mark.parametrize("windows, known", [(4, True), (3, False), (0, False)])
 def test_a_full_batch_that_was_rare_is_no_figure(windows, known):
     cell = compared({"ar": 1.0}, windows=windows)[0]
@@ -128,7 +135,7 @@ def test_the_report_has_a_section_of_them_only_where_they_were_measured():
     without, text = (table.report(loads, stored, fingerprints, [], some) for some in ((), batches))
     assert "One batch" not in without and set(without.splitlines()) <= set(text.splitlines())
     (row,) = [line for line in text.partition("## One batch")[2].splitlines() if "| slow" in line]
-    assert [cell.strip() for cell in row.split("|")][1:] == ["0", "4", "slow", f"{batches[1].throughput:.0f}", "400", "50%", "50", "1.00", str(batches[1].ratio), "24", ""]
+    assert [cell.strip() for cell in row.split("|")][1:] == ["0", "4", "slow", f"{batches[1].throughput:.0f}", "400", "50%", "50", "1.00", str(batches[1].ratio), "24", "0", ""]
 
 
 def test_another_one_batch_module_is_refused_in_one_line():
