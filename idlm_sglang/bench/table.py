@@ -25,7 +25,8 @@ efficiency: TPF²/queries. Acceptance by position: of the drafts verified at thi
 READING_BATCHES = """\
 One batch: requests that start together, and nothing behind them, batch after batch. Decode: tokens of all requests behind the last
 first token, over the time from there to the last end. Steady: from there to the first end, median of the batches; full: its share of that time. Ratio: of decode, as above.
-In a burst: batches at more than 3 times the median rate, whose first tokens waited for a busy machine; where there are some, measure again."""
+In a burst: batches at more than 3 times the median rate, whose first tokens waited for a busy
+machine; they are not in decode tok/s. Where there are many, measure again."""
 
 
 def title(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:

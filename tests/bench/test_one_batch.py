@@ -112,10 +112,12 @@ def test_a_slowdown_of_a_fifth_is_found():
     assert slow.steady == pytest.approx(400) and slow.full == pytest.approx(0.5) and slow.last_first == 0.05 and slow.batches == 24
 
 
-def test_answers_that_waited_for_a_busy_machine_are_counted():
+def test_answers_that_waited_for_a_busy_machine_are_counted_and_are_no_figure():
     """Two of 8 batches: 64 tokens in 2 ms, as no decode step makes them."""
     one = result(np.random.default_rng(0))
+    before = one_batch.throughput(one)
     one["batches"]["output_throughput"][2:4] = [64 / 0.002] * 2
+    assert one_batch.throughput(one) == pytest.approx(before, rel=0.05)
     assert one_batch.cells({Point("ar", 0.0, 4, 0): one, Point("ar", 0.0, 4, 1): result(np.random.default_rng(1))}, ["ar"])[0].bursts == 2
 
 
