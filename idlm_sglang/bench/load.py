@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from idlm_sglang.bench import prompts
-from idlm_sglang.bench.decoding import RETRACTED, Counts, decoding
+from idlm_sglang.bench.decoding import RETRACTED, Counts, Decoding, decoding
 from idlm_sglang.bench.servers import BenchError, Served
 from idlm_sglang.compat.client import Streamed, serve_load
 
@@ -46,13 +46,7 @@ def measure(served: Served, point: Point, requests: list[prompts.Request], token
     before = Counts(served.metrics())
     started = time.time()
     result, outputs, rows, loaded, streamed = _drive(served, point, requests, tokenizer, file, log)
-    counts = Counts(served.metrics()).since(before)
-    if counts[RETRACTED]:
-        raise BenchError(f"{_where(point)}: {counts[RETRACTED]:.0f} requests were retracted, the KV pool is too small for this load; raise --max-total-tokens or --mem-fraction-static")
-    info = served.get("/server_info")
-    stride = (info.get("internal_states") or [{}])[0].get("idlm", {}).get("stride")
-    other = info.get("speculative_algorithm") or info.get("dllm_algorithm")
-    found = decoding(counts, len(outputs), stride, other, info.get("speculative_num_draft_tokens"))
+    found = decoded(served, point, before, len(outputs))
     first = min(o.start_time for o in outputs)
     return {
         "started": round(started, 3),
@@ -70,6 +64,17 @@ def measure(served: Served, point: Point, requests: list[prompts.Request], token
             "answer": [hashlib.sha256(o.generated_text.encode()).hexdigest()[:8] for o in outputs],
         },
     }
+
+
+def decoded(served: Served, point: Point, before: Counts, answers: int) -> Decoding | None:
+    """What the server did since ``before``, while ``answers`` were given. Raises :class:`BenchError` for requests that were retracted."""
+    counts = Counts(served.metrics()).since(before)
+    if counts[RETRACTED]:
+        raise BenchError(f"{where(point)}: {counts[RETRACTED]:.0f} requests were retracted, the KV pool is too small for this load; raise --max-total-tokens or --mem-fraction-static")
+    info = served.get("/server_info")
+    stride = (info.get("internal_states") or [{}])[0].get("idlm", {}).get("stride")
+    other = info.get("speculative_algorithm") or info.get("dllm_algorithm")
+    return decoding(counts, answers, stride, other, info.get("speculative_num_draft_tokens"))
 
 
 def _drive(served: Served, point: Point, requests: list[prompts.Request], tokenizer: str, file: Path, log: Path):
@@ -90,22 +95,23 @@ def _drive(served: Served, point: Point, requests: list[prompts.Request], tokeni
             raise BenchError(f"SGLang's load generator failed on arm {served.arm.name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); its words are in {log}") from error
 
 
-def _where(point: Point) -> str:
+def where(point: Point) -> str:
+    """A point in words, for an error."""
     return f"arm {point.arm} at concurrency {point.concurrency}, temperature {point.temperature:g}"
 
 
 def _check_answers(point: Point, asked: int, outputs: list, streamed: Streamed) -> None:
     """Every answer came, ended as an answer ends, and told its length. SGLang sends some errors as an event behind HTTP 200."""
     if len(outputs) != asked:
-        raise BenchError(f"{_where(point)}: {asked} requests were asked and {len(outputs)} answered")
+        raise BenchError(f"{where(point)}: {asked} requests were asked and {len(outputs)} answered")
     failed = [(o.error.strip().splitlines() or ["no reason given"])[-1] for o in outputs if not o.success] + streamed.errors
     if failed:
-        raise BenchError(f"{_where(point)}: {len(failed)} of {len(outputs)} answers are errors, the first: {failed[0][:300]}")
+        raise BenchError(f"{where(point)}: {len(failed)} of {len(outputs)} answers are errors, the first: {failed[0][:300]}")
     unusual = {reason: count for reason, count in streamed.finished.items() if reason not in _FINISHED}
     if unusual or streamed.finished.total() != asked:
-        raise BenchError(f"{_where(point)}: {asked} answers ended as {dict(streamed.finished)}; allowed: {', '.join(_FINISHED)}")
+        raise BenchError(f"{where(point)}: {asked} answers ended as {dict(streamed.finished)}; allowed: {', '.join(_FINISHED)}")
     if streamed.usages < asked:
-        raise BenchError(f"{_where(point)}: {streamed.usages} of {asked} streamed answers say how long they are (usage)")
+        raise BenchError(f"{where(point)}: {streamed.usages} of {asked} streamed answers say how long they are (usage)")
 
 
 def _steady(outputs: list, tokenizer: Any, rows: list) -> dict[str, float]:

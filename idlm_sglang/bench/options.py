@@ -76,6 +76,7 @@ class Options:
     api_key: str | None
     out: Path
     command: str
+    one_batch: bool = False
 
     def count(self, concurrency: int) -> int:
         """Requests of a point."""
@@ -99,6 +100,7 @@ def parser(cls: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     option("--ignore-eos", action="store_true", help="all answers of --max-tokens (default: answers end where the model ends them)")
     option("--seed", metavar="N", default="1", help="of the requests drawn and of their sampling (default 1)")
     option("--server-flags", metavar="FLAGS", default="", help="SGLang flags for every arm that is started, in one word")
+    option("--one-batch", action="store_true", help="also time static batches of C requests that start together (SGLang's one-batch module)")
     option("--together", action="store_true", help="all arms stay up (give each its --mem-fraction-static or --base-gpu-id)")
     option("--alone", action="store_true", help="one arm at a time is up, for a whole repeat")
     option("--api-key", metavar="KEY", help="sent as a bearer token (default: the variable API_KEY, if set)")
@@ -131,6 +133,8 @@ def resolve(own: argparse.Namespace, words: Sequence[str]) -> Options:
     for taken in ("temperature", "seed", "stream_options", "messages", "model", *body):
         if taken in sampling:
             raise SettingError(f"--sampling names {taken}, which is set here; allowed: other fields of a chat request")
+    if own.one_batch and body["max_tokens"] < 2:
+        raise SettingError(f"--max-tokens {own.max_tokens} leaves nothing behind the first token for --one-batch; allowed: 2 or more")
     if own.together and own.alone:
         raise SettingError("--together and --alone were both given; allowed: one of them")
     try:
@@ -161,6 +165,7 @@ def resolve(own: argparse.Namespace, words: Sequence[str]) -> Options:
         api_key=own.api_key or os.environ.get("API_KEY"),
         out=out,
         command=shlex.join(masked(["idlm", "bench", *words])),
+        one_batch=own.one_batch,
     )
 
 

@@ -12,18 +12,20 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from idlm_sglang.bench.one_batch import BatchCell
 from idlm_sglang.bench.summary import Cell
 
 _DPI = 130
 _SHOWN = 3  # concurrencies in the latency plot: lowest, middle, highest
 
 
-def draw(cells: Sequence[Cell], directory: Path, title: str) -> list[str]:
-    """Write the plots; their file names. Those without data (no second arm, no drafts) are left out."""
+def draw(cells: Sequence[Cell], directory: Path, title: str, batches: Sequence[BatchCell] = ()) -> list[str]:
+    """Write the plots; their file names. Those without data (no second arm, no drafts, no static batches) are left out."""
     colours = {arm: f"C{i % 10}" for i, arm in enumerate(dict.fromkeys(c.arm for c in cells))}
     made = []
-    for name, draw_one in (("throughput.png", _throughput), ("speedup.png", _speedup), ("latency.png", _latency), ("acceptance.png", _acceptance)):
-        figure = draw_one(cells, colours)
+    drawn = (("throughput.png", _throughput, cells), ("speedup.png", _speedup, cells), ("latency.png", _latency, cells), ("acceptance.png", _acceptance, cells), ("one_batch.png", _one_batch, batches))
+    for name, draw_one, some in drawn:
+        figure = draw_one(some, colours)
         if figure is None:
             continue
         figure.suptitle(title, fontsize=10)
@@ -33,7 +35,7 @@ def draw(cells: Sequence[Cell], directory: Path, title: str) -> list[str]:
     return made
 
 
-def _temperatures(cells: Sequence[Cell]) -> list[float]:
+def _temperatures(cells: Sequence[Cell | BatchCell]) -> list[float]:
     return list(dict.fromkeys(c.temperature for c in cells))
 
 
@@ -41,7 +43,7 @@ def _panels(columns: int, rows: int = 1, height: float = 3.9):
     return plt.subplots(rows, columns, figsize=(max(4.8 * columns, 5.5), height * rows), squeeze=False, layout="constrained")
 
 
-def _concurrency_axis(axes, cells: Sequence[Cell]) -> None:
+def _concurrency_axis(axes, cells: Sequence[Cell | BatchCell]) -> None:
     found = sorted({c.concurrency for c in cells})
     axes.set_xscale("log", base=2)
     axes.set_xticks(found, [str(c) for c in found])
@@ -51,7 +53,7 @@ def _concurrency_axis(axes, cells: Sequence[Cell]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _throughput(cells: Sequence[Cell], colours: dict[str, str]):
+def _throughput(cells: Sequence[Cell | BatchCell], colours: dict[str, str], of: str = "output tokens per second, all requests"):
     temperatures = _temperatures(cells)
     figure, grid = _panels(len(temperatures))
     for axes, temperature in zip(grid[0], temperatures):
@@ -61,10 +63,14 @@ def _throughput(cells: Sequence[Cell], colours: dict[str, str]):
             axes.plot([c.concurrency for c in mine], [c.throughput for c in mine], "o-", color=colour, label=arm, markersize=4)
         _concurrency_axis(axes, some)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("output tokens per second, all requests")
+        axes.set_ylabel(of)
         axes.set_title(f"T = {temperature:g}", fontsize=10)
         axes.legend()
     return figure
+
+
+def _one_batch(batches: Sequence[BatchCell], colours: dict[str, str]):
+    return _throughput(batches, colours, "one batch: decode tokens per second") if batches else None
 
 
 def _speedup(cells: Sequence[Cell], colours: dict[str, str]):

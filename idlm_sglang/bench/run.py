@@ -10,9 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 # Drawing is tried before anything is measured: what it needs may not be installed.
-from idlm_sglang.bench import fingerprint, plots, prompts, table
+from idlm_sglang.bench import fingerprint, one_batch, plots, prompts, table
 from idlm_sglang.bench.arms import STOCK, Arm
-from idlm_sglang.bench.load import Point, measure
+from idlm_sglang.bench.load import Point
+from idlm_sglang.bench.load import measure as measure_load
 from idlm_sglang.bench.options import Options
 from idlm_sglang.bench.servers import BenchError, Served, Servers, check_limit
 from idlm_sglang.bench.store import Store
@@ -28,13 +29,15 @@ def run(options: Options) -> int:
     """
     store = Store(options.out)
     source = prompts.read(options.prompts) if options.prompts else None
+    if options.one_batch:
+        one_batch.refuse([options.sampling, *(source or [])])
     store.begin(_described(options))
     store.drop_incomplete([arm.name for arm in options.arms])
-    points = plan(options, _alone(options))
+    jobs = order(plan(options, _alone(options)), _alone(options), options.one_batch)
     _reach(options)
     try:
-        if any(point not in store.results for point in points):
-            _measure(options, store, source, points)
+        if any(not _done(store, *job) for job in jobs):
+            _measure(options, store, source, jobs)
     finally:
         if store.results:
             text = write(options.out, store)
@@ -58,22 +61,37 @@ def plan(options: Options, alone: bool) -> list[Point]:
     return found if alone else sorted(found, key=lambda point: loads.index((point.temperature, point.concurrency)))
 
 
+def order(points: list[Point], alone: bool, batches: bool) -> list[tuple[Point, bool]]:
+    """The points, each under load (False), and with ``batches`` in static batches, too (True). The arms take turns at the one before
+    they do at the other, so that what is compared is measured side by side; ``alone``, while a server is up."""
+    found = []
+    for _, block in itertools.groupby(points, lambda p: (p.temperature, p.concurrency, p.repeat, p.arm if alone else None)):
+        block = list(block)
+        found += [(point, False) for point in block] + [(point, True) for point in block if batches]
+    return found
+
+
+def _done(store: Store, point: Point, batches: bool) -> bool:
+    return point in (store.batches if batches else store.results)
+
+
 def write(directory: Path, store: Store) -> str:
     """Table and plots of the results so far; the table as text."""
-    found = cells(store.results, [arm["name"] for arm in store.plan["arms"]])
-    made = plots.draw(found, directory, table.title(store.plan, store.fingerprints))
-    text = table.report(found, store.plan, store.fingerprints, made)
+    arms = [arm["name"] for arm in store.plan["arms"]]
+    found, batches = cells(store.results, arms), one_batch.cells(store.batches, arms)
+    made = plots.draw(found, directory, table.title(store.plan, store.fingerprints), batches)
+    text = table.report(found, store.plan, store.fingerprints, made, batches)
     (directory / "report.md").write_text(text)
     return text
 
 
-def _measure(options: Options, store: Store, source: list[prompts.Request] | None, points: list[Point]) -> None:
+def _measure(options: Options, store: Store, source: list[prompts.Request] | None, jobs: list[tuple[Point, bool]]) -> None:
     arms = {arm.name: arm for arm in options.arms}
     live = sys.stderr.isatty()
     with (
         tempfile.TemporaryDirectory(prefix="idlm-bench-") as directory,
         # Into a log file a line now and then is enough.
-        tqdm(total=len(points), file=sys.stderr, unit="point", mininterval=0.1 if live else 30) as bar,
+        tqdm(total=len(jobs), file=sys.stderr, unit="point", mininterval=0.1 if live else 30) as bar,
         _servers(options, Path(directory)) as servers,
     ):
         told: dict[str, Any] = {}
@@ -82,15 +100,17 @@ def _measure(options: Options, store: Store, source: list[prompts.Request] | Non
             for arm in options.arms:
                 bar.set_postfix_str(f"starting {arm.name}", refresh=live)
                 _told(options, store, told, servers.served(arm))
-        for point in points:
-            if point not in store.results:
-                bar.set_postfix_str(f"{point.arm}, C = {point.concurrency}, T = {point.temperature:g}, repeat {point.repeat + 1}", refresh=live)
+        for point, batches in jobs:
+            if not _done(store, point, batches):
+                what = ", one batch" if batches else ""
+                bar.set_postfix_str(f"{point.arm}, C = {point.concurrency}, T = {point.temperature:g}, repeat {point.repeat + 1}{what}", refresh=live)
                 served = servers.served(arms[point.arm])
                 _told(options, store, told, served)
                 # A server that was started again is cold again.
-                load = (served.url, point.temperature, point.concurrency)
+                load = (served.url, point.temperature, point.concurrency, batches)
+                measure = one_batch.measure if batches else measure_load
                 result = measure(served, point, _requests(options, source, point), options.tokenizer, load in warm, Path(directory), options.out / "load.log")
-                store.add(point, result)
+                (store.add_batches if batches else store.add)(point, result)
                 warm.add(load)
             bar.update()
 
@@ -100,6 +120,8 @@ def _told(options: Options, store: Store, told: dict[str, Any], served: Served) 
     if told.get(served.arm.name) == served.url:
         return
     check_limit(served, max(options.concurrencies))
+    if options.one_batch:
+        one_batch.check_template(served)
     told[served.arm.name] = served.url
     store.told({"command": options.command, "machine": fingerprint.machine(), "arm": served.arm.name, "server": fingerprint.server(served)})
 

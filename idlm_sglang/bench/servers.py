@@ -37,7 +37,7 @@ class Served:
     def get(self, path: str) -> dict:
         """A JSON page of the server's. Raises :class:`BenchError`."""
         try:
-            reply = requests.get(self.url + path, headers=_authorization(), timeout=60)
+            reply = requests.get(self.url + path, headers=authorization(), timeout=60)
             reply.raise_for_status()
             return reply.json()
         except (requests.RequestException, ValueError) as error:
@@ -46,7 +46,7 @@ class Served:
     def metrics(self) -> str:
         """``/metrics`` as text, empty where the server publishes none."""
         try:
-            reply = requests.get(self.url + "/metrics", headers=_authorization(), timeout=60)
+            reply = requests.get(self.url + "/metrics", headers=authorization(), timeout=60)
         except requests.RequestException as error:
             raise BenchError(f"arm {self.arm.name} does not answer /metrics: {_first_line(error)}") from None
         return reply.text if reply.ok else ""
@@ -122,12 +122,13 @@ class Servers(ExitStack):
 
 def _answers(url: str) -> bool:
     try:
-        return requests.get(url + "/health_generate", headers=_authorization(), timeout=10).ok
+        return requests.get(url + "/health_generate", headers=authorization(), timeout=10).ok
     except requests.RequestException:
         return False
 
 
-def _authorization() -> dict[str, str]:
+def authorization() -> dict[str, str]:
+    """The header with the key of `--api-key`, empty without one."""
     # The variables that SGLang's load generator takes its key from.
     key = os.environ.get("OPENAI_API_KEY") or os.environ.get("API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}

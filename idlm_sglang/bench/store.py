@@ -15,7 +15,8 @@ class Store:
     """The raw results in one directory.
 
     A directory belongs to one plan: the first line holds it, and what is added later must be of the same plan. The
-    ``fingerprint`` (versions, device, servers) of each start stands in front of the points measured under it.
+    ``fingerprint`` (versions, device, servers) of each start stands in front of the points measured under it. ``results`` are
+    those under load, ``batches`` those of `--one-batch`.
     """
 
     def __init__(self, directory: Path):
@@ -24,6 +25,7 @@ class Store:
         self.plan: dict[str, Any] | None = None
         self.fingerprints: list[dict[str, Any]] = []
         self.results: dict[Point, dict[str, Any]] = {}
+        self.batches: dict[Point, dict[str, Any]] = {}
         if self.path.exists():
             self._read()
 
@@ -39,6 +41,8 @@ class Store:
                     self.plan = row["plan"]
                 elif "fingerprint" in row:
                     self.fingerprints.append(row["fingerprint"])
+                elif "one_batch" in row:
+                    self.batches[Point(**row.pop("one_batch"))] = row
                 else:
                     self.results[Point(**row.pop("point"))] = row
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -59,10 +63,11 @@ class Store:
 
     def drop_incomplete(self, arms: list[str]) -> None:
         """Forget points of a load whose repeat was not measured for every arm: a ratio pairs what was measured in turn."""
-        for point in list(self.results):
-            twins = [replace(point, arm=arm) for arm in arms]
-            if not all(twin in self.results for twin in twins):
-                del self.results[point]
+        for measured in (self.results, self.batches):
+            for point in list(measured):
+                twins = [replace(point, arm=arm) for arm in arms]
+                if not all(twin in measured for twin in twins):
+                    del measured[point]
 
     def told(self, fingerprint: dict[str, Any]) -> None:
         """Versions, device and servers of the points that follow."""
@@ -73,6 +78,11 @@ class Store:
         """One more point, on disk when this returns."""
         self._add({"point": asdict(point), **result})
         self.results[point] = result
+
+    def add_batches(self, point: Point, result: dict[str, Any]) -> None:
+        """The static batches of one more point, on disk when this returns."""
+        self._add({"one_batch": asdict(point), **result})
+        self.batches[point] = result
 
     def _add(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from idlm_sglang.bench.arms import STOCK, URL
+from idlm_sglang.bench.one_batch import BatchCell
 from idlm_sglang.bench.options import masked
 from idlm_sglang.bench.summary import Cell, findings
 
@@ -21,12 +22,19 @@ behind it, not the gap between chunks. TPF: tokens per request and decode forwar
 efficiency: TPF²/queries. Acceptance by position: of the drafts verified at this point alone."""
 
 
+READING_BATCHES = """\
+One batch: requests that start together, and nothing behind them, batch after batch. Decode: tokens of all requests behind the last
+first token, over the time from there to the last end. Steady: from there to the first end, median of the batches; full: its share of that time. Ratio: of decode, as above.
+In a burst: batches at more than 3 times the median rate, whose first tokens waited for a busy
+machine; they are not in decode tok/s. Where there are many, measure again."""
+
+
 def title(plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]]) -> str:
     """Of the plots: checkpoint and device."""
     return f"{plan['checkpoint']['name']}, {_device(plan, fingerprints)}"
 
 
-def report(cells: Sequence[Cell], plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]], plots: Sequence[str]) -> str:
+def report(cells: Sequence[Cell], plan: dict[str, Any], fingerprints: Sequence[dict[str, Any]], plots: Sequence[str], batches: Sequence[BatchCell] = ()) -> str:
     """What was measured, what it says, the tables and the plots."""
     reference = plan["arms"][0]["name"]
     parts = [f"# {', '.join(arm['name'] for arm in plan['arms'])}: {plan['checkpoint']['name']}", _setup(cells, plan, fingerprints), _arms(plan, fingerprints)]
@@ -37,6 +45,8 @@ def report(cells: Sequence[Cell], plan: dict[str, Any], fingerprints: Sequence[d
         some = [c for c in cells if c.temperature == temperature]
         parts += [f"## T = {temperature:g}", _throughput(some, unseeded and temperature > 0), _latency(some), _decoding(some)]
     parts.append(READING.format(reference=reference))
+    if batches:
+        parts += ["## One batch", _one_batch(batches), READING_BATCHES]
     parts += [f"![{name}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
 
@@ -113,6 +123,16 @@ def _decoding(cells: list[Cell]) -> str:
         told = "" if d["introspective_acceptance"] is None else f"{d['introspective_acceptance']:.3f}"
         drafts = d["queries"] > 1
         rows.append([c.concurrency, c.arm, f"{d['tokens_per_forward']:.2f}", f"{d['queries']:.0f}", f"{d['efficiency']:.2f}", f"{d['cold']:.0%}" if drafts else "", told, positions])
+    return _table(head, rows)
+
+
+def _one_batch(cells: Sequence[BatchCell]) -> str:
+    head = ["T", "C", "arm", "decode tok/s", "steady tok/s", "full", "last first token (ms)", "TPF", "ratio", "batches", "in a burst"]
+    rows = []
+    for c in cells:
+        tpf = "unknown" if c.tokens_per_forward is None else f"{c.tokens_per_forward:.2f}"
+        figures = [f"{c.throughput:.0f}", _rate(c.steady), f"{c.full:.0%}", f"{c.last_first * _MS:.0f}", tpf, str(c.ratio or "1"), c.batches, c.bursts]
+        rows.append([f"{c.temperature:g}", c.concurrency, c.arm, *figures])
     return _table(head, rows)
 
 

@@ -32,6 +32,8 @@ BAD = [
     ["--arm", "a=http://h:1", "--arm", "b=http://h:2"],
     ["--tokenizer", "/no/such/checkpoint"],
     ["--together", "--alone"],
+    ["--one-batch", "--max-tokens", "1"],
+    ["--one-batch", "--sampling", '{"tools": []}'],
     ["--nonsense"],
 ]
 
