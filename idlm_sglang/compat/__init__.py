@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from idlm_sglang import platform
 from idlm_sglang.compat.beside import decode_beside_prefill, finish_both
+from idlm_sglang.compat.calls import parse_tag_by_tag, parse_to_the_end
 from idlm_sglang.compat.ends import (
     defer_reasoning,
     finish_token_by_token,
@@ -34,7 +35,7 @@ from idlm_sglang.compat.figures import (
 )
 from idlm_sglang.compat.graphs import graphs_by_stride, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
 from idlm_sglang.compat.live import add_live_page
-from idlm_sglang.compat.outputs import begin_again, search_in_time, send_what_is_new
+from idlm_sglang.compat.outputs import embeds_by_row, keep_output, search_in_time, send_what_is_new
 from idlm_sglang.compat.requests import (
     admit,
     attach_seeds,
@@ -108,7 +109,10 @@ PATCHES = (
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
     Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
     Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept", "AROUND", send_what_is_new),
-    Patch(_SRT + "managers.schedule_batch.Req.reset_for_retract", "AFTER", begin_again),
+    Patch(_SRT + "managers.schedule_batch.Req.reset_for_retract", "AROUND", keep_output),
+    Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", embeds_by_row),
+    Patch(_SRT + "function_call.function_call_parser.FunctionCallParser.parse_stream_chunk", "AROUND", parse_tag_by_tag),
+    Patch(_SRT + "function_call.function_call_parser.FunctionCallParser.parse_stream_end", "AROUND", parse_to_the_end),
     Patch(_SRT + "managers.schedule_batch.re.search", MODULE, search_in_time),
     Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
     Patch(_SRT + "layers.sampler.create_sampler", "AFTER", token_keyed_sampler),

@@ -23,25 +23,60 @@ def send_what_is_new(original: Callable, accumulator, *, req) -> None:
     """What: ``_GenerationStreamAccumulator.accept`` leaves out an unfinished request that has no token which was not sent.
     Why: a retracted request is streamed, too. Where scheduling overlaps it may have lost its place before its prefill's result was processed: SGLang then sends
     an event without tokens, ``/v1/completions`` gives the log-probabilities of an echoed prompt with the first event alone, and they are lost; the
-    time to the first token ends there. And an answer to embeddings begins again behind a retraction: SGLang sends it twice. In AR serving as well.
-    Guard: the hook applied; a test retracts requests before their first token, another replays both on SGLang's own classes.
+    time to the first token ends there. In AR serving as well.
+    Guard: the hook applied; a test retracts requests before their first token, another replays it on SGLang's own classes.
     Goes when: SGLang streams new tokens only.
     """
     if req.finished() or len(req.output_ids) > req.send_token_offset:
         original(accumulator, req=req)
 
 
-def begin_again(_, req) -> None:
-    """What: after ``Req.reset_for_retract`` a request with embeddings, whose output SGLang drops there, has no log-probabilities of it any more,
-    and its grammar and its reasoning begin anew.
-    Why: they are kept, and the new output's come behind them. In AR serving as well.
-    Guard: the hook applied; a test on SGLang's own class.
-    Goes when: SGLang does so, or keeps the output.
+def keep_output(original: Callable, req) -> None:
+    """What: ``Req.reset_for_retract`` keeps the output of a request with embeddings, as it keeps that of any other.
+    Why: SGLang drops it and lets the answer begin again, behind what was already sent of it, with the old log-probabilities and a grammar that has gone on.
+    The two runs differ where nothing fixes the draws. In AR serving as well.
+    Guard: the hook applied; tests on SGLang's own classes, and on servers that retract such requests.
+    Goes when: SGLang keeps the output.
     """
-    if req.input_embeds is None:
+    embeds = req.input_embeds
+    if not placed_by_row():
+        original(req)
         return
-    if req.return_logprob:
-        for name in ("token_logprobs", "top_logprobs", "token_ids_logprobs"):
-            for kind in ("val", "idx"):
-                setattr(req.logprob, f"output_{name}_{kind}", [])
-    req.grammar, req.reasoning_tokens = req.grammar and req.grammar.copy(), 0
+    req.input_embeds = None
+    try:
+        original(req)
+    finally:
+        req.input_embeds = embeds
+
+
+def embeds_by_row(_, batch) -> None:
+    """What: after ``ScheduleBatch.prepare_for_extend`` embeddings that requests bring replace those of their own rows alone (``replace_embeds``); all
+    other rows are embedded from their tokens.
+    Why: SGLang takes a batch's embeddings for those of all its rows. A retracted request's output has none, nor has a request of text beside it: the
+    forward then ends the scheduler. And it hands them on in bfloat16, over which a model of another type ends it, too. In AR serving as well.
+    Guard: the hook applied; a server is asked for embeddings and text at a time.
+    Goes when: SGLang embeds what has no embeddings.
+    """
+    if batch.input_embeds is None or not placed_by_row():
+        return
+    import torch
+
+    rows, first = [], 0
+    for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        if req.input_embeds is not None:
+            rows.extend(range(first, first + min(length, len(req.input_embeds) - prefix)))
+        first += length
+    embeds, places = batch.input_embeds, torch.tensor(rows, dtype=torch.long, device=batch.device)
+    if batch.replace_embeds is not None:
+        # What SGLang itself replaces it replaces in the embeddings, too.
+        free = ~torch.isin(places, batch.replace_positions)
+        embeds = torch.cat((embeds[free], batch.replace_embeds.to(embeds.dtype)))
+        places = torch.cat((places[free], batch.replace_positions))
+    batch.input_embeds, batch.replace_embeds, batch.replace_positions = None, embeds, places
+
+
+def placed_by_row() -> bool:
+    """Not with pipeline parallelism, whose later stages have no table of embeddings."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().pp_size == 1
