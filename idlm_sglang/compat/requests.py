@@ -23,8 +23,8 @@ def readable_expressions(original: Callable, params, tokenizer) -> None:
 def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
     """What: after ``TokenizerManager._create_tokenized_object`` admission may refuse the request, as SGLang refuses bad ones.
     Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200. Token ids outside the vocabulary and
-    more candidates per token than it has are refused in AR serving, too: SGLang's scheduler ends itself over them; and stop expressions over which it would
-    come to a standstill.
+    more candidates per token than it has are refused in AR serving, too: SGLang's scheduler ends itself over them; so are embeddings that are not
+    of the model's width, and stop expressions over which it would come to a standstill.
     Guard: the hook applied; refusals are tested streamed and not.
     Goes when: with the hook above.
     """
@@ -32,9 +32,11 @@ def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
 
     if not isinstance(obj, GenerateReqInput):
         return
-    from idlm_sglang.engine.admission import outside_vocabulary
+    from idlm_sglang.engine.admission import outside_vocabulary, unfit_embeddings
 
-    if wrong := outside_vocabulary(tokenized, manager.model_config.vocab_size) or unsearchable(tokenized.sampling_params.stop_regex_strs):
+    config = manager.model_config
+    wrong = outside_vocabulary(tokenized, config.vocab_size) or unfit_embeddings(tokenized, config.hidden_size)
+    if wrong := wrong or unsearchable(tokenized.sampling_params.stop_regex_strs):
         raise ValueError(wrong)
     if not is_isd():
         return
@@ -70,15 +72,24 @@ def few_choices(_, obj, *__, **___) -> None:
 
 def admit(scheduler, req, is_retracted: bool = False) -> None:
     """What: ``Scheduler._add_request_to_queue`` first asks admission; a refused request ends as HTTP 400.
-    Why: SGLang has no per-request hook for a registered algorithm, and an exception in the worker kills the server.
+    Why: SGLang has no per-request hook for a registered algorithm, and an exception in the worker kills the server. A processor that cannot
+    be read is refused in AR serving, too: there SGLang's scheduler ends over it.
     Guard: the hook applied; refusal tests.
-    Goes when: ``CustomSpecAlgo`` gets a ``validate_request``.
+    Goes when: ``CustomSpecAlgo`` gets a ``validate_request``, and SGLang reads processors where it can still refuse them.
     """
-    if not is_isd() or is_retracted or req.to_finish is not None or getattr(req, "idlm_plan", None) is not None:
+    if is_retracted or req.to_finish is not None or getattr(req, "idlm_plan", None) is not None:
         return
-    from idlm_sglang.engine.admission import defuse, plan_of
+    from idlm_sglang.engine.admission import defuse, plan_of, unreadable_processor
     from idlm_sglang.engine.requests import REFUSED
 
+    # None is asked for; SGLang would read it beside another request's.
+    req.custom_logit_processor = req.custom_logit_processor or None
+    if not is_isd():
+        if unreadable := unreadable_processor(req):
+            req.set_finish_with_abort(unreadable[1])
+            defuse(req)
+            scheduler.init_req_max_new_tokens(req)
+        return
     worker = scheduler.draft_worker
     plan = plan_of(req, worker.settings, worker.server_seed)
     if worker.metrics is not None:
@@ -87,6 +98,17 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
         req.set_finish_with_abort(plan.message)
         defuse(req)
         scheduler.init_req_max_new_tokens(req)
+
+
+def guard_processors(info, cls, batch, *_, **__) -> None:
+    """What: after ``SamplingBatchInfo.from_schedule_batch`` a custom logit processor that raises, or gives back no logits, ends its own requests (HTTP 400).
+    Why: its code is a client's; SGLang's scheduler ends over it, and the server with it. In AR serving as well.
+    Guard: the hook applied; failing processors are sent to servers, alone and beside others.
+    Goes when: SGLang ends the request.
+    """
+    from idlm_sglang.engine.processors import guard
+
+    guard(info, batch.reqs)
 
 
 def scores_without_generating(req) -> bool:

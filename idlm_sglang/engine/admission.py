@@ -1,6 +1,7 @@
 """What a request may ask for, and what it gets: decided once, from the request alone."""
 
 import logging
+import math
 
 from idlm_sglang.config import COUPLED, Settings
 from idlm_sglang.engine.requests import (
@@ -23,6 +24,8 @@ MAX_CHOICES = 1024
 _TOP_K_MAX = 2**31 - 1
 # A bias beyond this turns into inf or NaN when a logit or 1 / temperature is applied in float32.
 _BIAS_MAX = 1e30
+# The largest number of float16.
+_EMBEDDING_MAX = 65504.0
 
 
 def _asked(req, name: str):
@@ -72,6 +75,26 @@ def outside_vocabulary(req, size: int) -> str:
     return ""
 
 
+def unfit_embeddings(req, width: int) -> str:
+    """What is wrong with the embeddings that a request brings, ``(prompt tokens, width)``, or nothing.
+
+    Args:
+        req: SGLang's ``TokenizedGenerateReqInput``.
+        width: the model's hidden size.
+    """
+    if req.input_embeds is None:
+        return ""
+    if not req.input_embeds:
+        return "input_embeds is empty; allowed: an embedding for each token of the prompt"
+    for row, values in enumerate(req.input_embeds):
+        if len(values) != width:
+            return f"embedding {row} of input_embeds has {len(values)} values; allowed: {width}, the model's hidden size"
+        # A sum is finite only where all of it are.
+        if not (max(max(values), -min(values)) <= _EMBEDDING_MAX and math.isfinite(sum(values))):
+            return f"embedding {row} of input_embeds has a value that is not finite or too large; allowed: -{_EMBEDDING_MAX:g} to {_EMBEDDING_MAX:g}"
+    return ""
+
+
 def refusal(req, settings: Settings) -> tuple[str, str] | None:
     """Why a request cannot be served, as (one word for a metric label, message for the client), or None.
 
@@ -86,8 +109,8 @@ def refusal(req, settings: Settings) -> tuple[str, str] | None:
         return "unreadable", f"the request's parameters could not be read: {error}"
 
 
-def _unreadable_processor(req) -> tuple[str, str] | None:
-    """SGLang reads the processor, which may be anything a client sent, where an exception ends the scheduler."""
+def unreadable_processor(req) -> tuple[str, str] | None:
+    """As :func:`refusal`. SGLang reads the processor, which may be anything a client sent, where an exception ends the scheduler."""
     if not req.custom_logit_processor:
         return None
     from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
@@ -126,7 +149,7 @@ def plan_request(req, settings: Settings | None, server_seed: int) -> RequestPla
     seed = derived_seed(server_seed, number) if client_seed is None else int(client_seed)
     refused = None
     if settings is not None:
-        refused = refusal(req, settings) or _unreadable_processor(req)
+        refused = refusal(req, settings) or unreadable_processor(req)
     stride = _asked(req, STRIDE_PARAM)
     if refused is not None:
         mode, (reason, message) = REFUSED, refused

@@ -10,3 +10,19 @@ class Ban(CustomLogitProcessor):
         for row, params in zip(logits, custom_param_list, strict=True):
             row[params["ban"]] -= 40.0
         return logits
+
+
+class Fails(CustomLogitProcessor):
+    """Fails in the way that a request's own ``custom_params["fails"]`` names, and spoils the logits first."""
+
+    def __call__(self, logits, custom_param_list=None):
+        ways = [params.get("fails") for params in custom_param_list]
+        if any(ways):
+            logits.fill_(0.0)
+        if "raises" in ways:
+            raise KeyError("ban")
+        if "exits" in ways:
+            raise SystemExit(3)
+        if "shape" in ways:
+            return logits[:, :3]
+        return None if "nothing" in ways else logits
