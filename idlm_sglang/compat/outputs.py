@@ -39,7 +39,7 @@ def keep_output(original: Callable, req) -> None:
     Goes when: SGLang keeps the output.
     """
     embeds = req.input_embeds
-    if not placed_by_row():
+    if embeds is None or not placed_by_row():
         original(req)
         return
     req.input_embeds = None

@@ -89,7 +89,7 @@ def unfit_embeddings(req, width: int) -> str:
     for row, values in enumerate(req.input_embeds):
         if len(values) != width:
             return f"embedding {row} of input_embeds has {len(values)} values; allowed: {width}, the model's hidden size"
-        # A sum is finite only where all of it are.
+        # NaN in the model ends AR's sampler, and would stay in the KV pool. A sum is finite only where all that is in it is.
         if not (max(max(values), -min(values)) <= _EMBEDDING_MAX and math.isfinite(sum(values))):
             return f"embedding {row} of input_embeds has a value that is not finite or too large; allowed: -{_EMBEDDING_MAX:g} to {_EMBEDDING_MAX:g}"
     return ""

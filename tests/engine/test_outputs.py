@@ -2,15 +2,24 @@
 
 from array import array
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.managers.scheduler_components.output_streamer import _GenerationStreamAccumulator
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from idlm_sglang.compat.outputs import begin_again, send_what_is_new
+from idlm_sglang.compat.outputs import embeds_by_row, keep_output, send_what_is_new
+
+
+@pytest.fixture(autouse=True)
+def one_stage():
+    with get_parallel().override(pp_size=1):
+        yield
 
 
 class Sent:
@@ -32,9 +41,7 @@ class Sent:
         self.req.logprob.input_token_logprobs_val, self.req.logprob.input_token_logprobs_idx = [None, -1.0, -2.0], [5, 6, 7]
 
     def retract(self) -> None:
-        self.req.reset_for_retract()
-        if self.hooked:
-            begin_again(None, self.req)
+        keep_output(Req.reset_for_retract, self.req) if self.hooked else self.req.reset_for_retract()
 
     def send(self) -> None:
         acc = _GenerationStreamAccumulator(
@@ -75,23 +82,37 @@ def test_a_stream_retracted_before_its_first_token_has_the_prompt_in_its_first_e
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("hooked", [True, False])
-def test_an_answer_to_embeddings_that_begins_again_is_sent_once(hooked, stream):
+def test_an_answer_to_embeddings_goes_on_behind_a_retraction(hooked, stream):
     sent = Sent(hooked, stream, embeds=True)
     sent.prefilled()
-    answer = list(range(10, 19))
-    for token in answer[:5]:
+    for token in range(10, 15):
         sent.commit(token)
         sent.send()
     sent.retract()
+    assert sent.req.input_embeds is not None
+    kept = list(sent.req.output_ids)
     sent.send()
-    for token in answer:
+    # Nothing fixes the draws: where the answer begins again another one follows.
+    for token in range(10 + len(kept), 19) if kept else range(30, 39):
         sent.commit(token)
         sent.send()
-    sent.req.finished_len = len(answer)
+    sent.req.finished_len = 9
     sent.req.to_finish = None
-    from sglang.srt.managers.schedule_batch import FINISH_LENGTH
-
-    sent.req.finished_reason = FINISH_LENGTH(len(answer))
+    sent.req.finished_reason = FINISH_LENGTH(9)
     sent.send()
-    once = sent.tokens == answer and sent.logprobs == [-float(token) for token in answer]
-    assert once == hooked, (sent.tokens, sent.logprobs)
+    whole = sent.tokens == list(range(10, 19)) and sent.logprobs == [-float(token) for token in sent.tokens]
+    assert whole == hooked, (sent.tokens, sent.logprobs)
+
+
+def test_rows_without_embeddings_are_embedded_from_their_tokens():
+    """Of a text, of an answer behind the embeddings of its prompt, of a later chunk of both; what SGLang itself replaces comes first."""
+    rows = torch.arange(20.0).view(5, 4).tolist()
+    text, brings = SimpleNamespace(input_embeds=None), SimpleNamespace(input_embeds=rows)
+    batch = SimpleNamespace(reqs=[text, brings, brings, brings], prefix_lens=[0, 0, 3, 6], extend_lens=[2, 3, 4, 2], device="cpu", replace_embeds=None)
+    batch.input_embeds = torch.tensor(rows[:3] + rows[3:])
+    embeds_by_row(None, batch)
+    assert batch.input_embeds is None and batch.replace_positions.tolist() == [2, 3, 4, 5, 6] and batch.replace_embeds.tolist() == rows
+    batch.input_embeds, batch.replace_embeds, batch.replace_positions = torch.tensor(rows), torch.full((1, 4), 9.0), torch.tensor([3])
+    embeds_by_row(None, batch)
+    found = dict(zip(batch.replace_positions.tolist(), batch.replace_embeds.tolist(), strict=True))
+    assert found == {2: rows[0], 3: [9.0] * 4, 4: rows[2], 5: rows[3], 6: rows[4]}

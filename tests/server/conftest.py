@@ -93,9 +93,12 @@ def _isd(logs):
 
 
 def _isd_rejection(logs):
-    """ISD with the paper's p/q rule for sampled requests without a seed; streams carry increments, every step is logged."""
-    env = {"IDLM_MAX_STRIDE": "8", "IDLM_SAMPLING_RULE": "rejection", "SGLANG_IS_IN_CI": "1"}
-    flags = ["--speculative-algorithm", "ISD", "--enable-metrics", "--incremental-streaming-output", "--decode-log-interval", "1"]
+    """ISD with the paper's p/q rule for sampled requests without a seed; streams carry increments, every step is logged; prompts may be embeddings.
+
+    SGLang's own switch retracts all requests but one at every 8th forward.
+    """
+    env = {"IDLM_MAX_STRIDE": "8", "IDLM_SAMPLING_RULE": "rejection", "SGLANG_IS_IN_CI": "1", "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "8"}
+    flags = ["--speculative-algorithm", "ISD", "--enable-metrics", "--incremental-streaming-output", "--decode-log-interval", "1", "--disable-radix-cache"]
     return Server("isd_rejection", CHECKPOINT, logs, *flags, env=env)
 
 

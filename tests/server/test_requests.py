@@ -1,11 +1,13 @@
 """What a request may ask for beside sampling: served as AR serves it, or refused by name; never a dead server."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.server.harness import chat, differing, ids, prompts
 from tests.server.parity.cases import token
+from tests.server.parity.processors import Fails
 
 STORY = chat("Tell me a story about Tavo.")
 SCHEMA = json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer"}}, "required": ["name", "n"]})
@@ -108,11 +110,32 @@ def test_a_refusal_is_a_400_in_openai_shape_before_a_stream_begins(isd, path, st
     assert isd.metrics()[counter] == before + 1
 
 
+@pytest.mark.parametrize("arm", ["ar", "isd"])
 @pytest.mark.parametrize("processor", ["not one", "{}", '{"callable": "zz"}', '{"callable": "00"}', "[1]"])
-def test_a_processor_that_cannot_be_read_is_a_400_that_names_it(isd, processor):
-    reply = isd.post("/generate", {"text": "Hi", "custom_logit_processor": processor, "sampling_params": {"max_new_tokens": 2}})
+def test_a_processor_that_cannot_be_read_is_a_400_that_names_it(request, arm, processor):
+    server = request.getfixturevalue(arm)
+    reply = server.post("/generate", {"text": "Hi", "custom_logit_processor": processor, "sampling_params": {"max_new_tokens": 2}})
     assert reply.status_code == 400 and "custom_logit_processor cannot be read" in reply.text, reply.text
-    assert isd.alive() and isd.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
+    assert server.alive() and server.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
+
+
+@pytest.mark.parametrize("arm", ["ar", "isd"])
+def test_a_processor_that_fails_ends_its_own_requests_alone(request, arm):
+    """Also beside requests of the same processor over which it does not fail, and whose logits are as it leaves them."""
+    server, ways = request.getfixturevalue(arm), [None, "raises", "shape", None, "exits", "nothing", None, ""]
+
+    def ask(way):
+        params = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True, **({} if way is None else {"custom_params": {"fails": way}})}
+        return server.post("/generate", {"text": "Hi there, you", "sampling_params": params, "custom_logit_processor": Fails.to_str() if way is not None else ""})
+
+    with ThreadPoolExecutor(len(ways)) as pool:
+        replies = list(pool.map(ask, ways))
+    for way, reply in zip(ways, replies):
+        if way:
+            assert reply.status_code == 400 and "custom_logit_processor Fails failed: " in reply.text, reply.text
+        else:
+            assert reply.status_code == 200 and reply.json()["output_ids"] == replies[0].json()["output_ids"]
+    assert server.alive()
 
 
 def test_sessions_are_continued_as_in_ar(ar, isd):
