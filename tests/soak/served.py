@@ -1,6 +1,8 @@
 """`idlm serve` as it is run in production, its processes looked at from outside."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +92,18 @@ class Served(Server):
             return reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] > 0
         except (requests.RequestException, ValueError, KeyError):
             return False
+
+
+class Stock(Served):
+    """Stock SGLang in its place: the CPU platform alone, and the weights, copied to ``directory``, under the name that SGLang serves them by."""
+
+    def __init__(self, logs: Path, directory: Path, *flags: str, key: str | None = None, env: dict | None = None):
+        super().__init__("stock", logs, key=key, env={"SGLANG_PLUGINS": "idlm_cpu", **(env or {})})
+        model = shutil.copytree(CHECKPOINT, directory / "model")
+        config = json.loads((model / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        (model / "config.json").write_text(json.dumps(config))
+        self.command = [*self.command[:3], "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port), "--dtype", "float32"]
+        self.command += ["--sleep-on-idle", *(["--api-key", key] if key else []), *flags]
 
 
 def number(name: str, default: int) -> int:

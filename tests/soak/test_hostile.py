@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -11,12 +10,10 @@ import time
 import pytest
 import requests
 
-from tests.server.harness import CHECKPOINT
 from tests.soak.hostile import TOO_LATE, Blow, blows
-from tests.soak.served import Served, number
+from tests.soak.served import Served, Stock, number
 
 KEY = "soak-key"
-STOCK = {"SGLANG_PLUGINS": "idlm_cpu"}
 # What stock SGLang 0.5.23 falls to; a server with this plugin falls to none.
 STOCK_FALLS = {"chat: 10^9 log-probabilities", "generate: token ids below zero"}
 # Not for strangers' random bodies: they end the server, stop it, change its weights or write files. All are behind the key.
@@ -96,13 +93,7 @@ def test_the_key_is_asked_for_everywhere_and_is_not_in_the_log(hostile):
 
 @pytest.mark.skipif(not number("SOAK_STOCK", 0), reason="SOAK_STOCK=1: stock SGLang under the same requests")
 def test_what_stock_sglang_falls_to(soak_logs, tmp_path):
-    # The weights under the name that stock SGLang serves them by.
-    model = shutil.copytree(CHECKPOINT, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-    (model / "config.json").write_text(json.dumps(config))
-    server = Served("stock", soak_logs, key=KEY, env=STOCK)
-    server.command = [*server.command[:3], "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(server.port), "--api-key", KEY, "--dtype", "float32"]
-    server.command += ["--enable-response-store", "--tool-call-parser", "qwen25", "--sleep-on-idle", "--log-level", "warning"]
+    server = Stock(soak_logs, tmp_path, "--enable-response-store", "--tool-call-parser", "qwen25", "--log-level", "warning", key=KEY)
     with server:
         found = strike(server, chosen())
     down = sorted(name for name, got in found.items() if got.endswith("down"))
