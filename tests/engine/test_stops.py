@@ -1,5 +1,6 @@
 """Stop expressions mean what they mean to Python, and none is searched for without end."""
 
+import os
 import random
 import re
 
@@ -25,17 +26,20 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=int(os.environ.get("STOP_EXPRESSIONS") or 800), deadline=None, derandomize=True)
 @given(st.sampled_from(["", "(?i)", "(?m)", "(?s)", "(?a)", "(?im)"]), EXPRESSIONS, st.text(CHARACTERS, max_size=8))
 def test_what_is_searched_for_is_found_where_python_finds_it(flags, expression, text):
     expression = flags + expression
     try:
-        wanted = re.search(expression, text) is not None
+        pattern = re.compile(expression)
     except re.error:
         assert "is not valid" in refused([expression])
         return
     if not refused([expression]):
-        assert searcher(expression).found(text) == wanted
+        found = searcher(expression)
+        # Python's search skips places by a set of letters that it makes under the outer flags alone: it finds no (?a:\W) in ß, where a match from there does.
+        wanted = any(pattern.match(text, at) for at in range(len(text) + 1)) if found.states else pattern.search(text) is not None
+        assert found.found(text) == wanted
 
 
 @pytest.mark.parametrize("category", [r"\w", r"\d", r"\s", r"\W", r"\D", r"\S", r"[^\w\s]", "(?i:k)", "(?i:[a-z])", "(?i:[^s])", ".", "(?a:\\w)"])

@@ -119,14 +119,14 @@ def test_a_processor_that_cannot_be_read_is_a_400_that_names_it(request, arm, pr
     assert server.alive() and server.generate("Hi", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
 
 
-@pytest.mark.parametrize("arm", ["ar", "isd"])
+@pytest.mark.parametrize("arm", ["ar", "isd", "isd_sync"])
 def test_a_processor_that_fails_ends_its_own_requests_alone(request, arm):
     """Also beside requests of the same processor over which it does not fail, and whose logits are as it leaves them."""
     server, ways = request.getfixturevalue(arm), [None, "raises", "shape", None, "exits", "nothing", None, ""]
 
     def ask(way):
         params = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True, **({} if way is None else {"custom_params": {"fails": way}})}
-        return server.post("/generate", {"text": "Hi there, you", "sampling_params": params, "custom_logit_processor": Fails.to_str() if way is not None else ""})
+        return server.post("/generate", {"text": "Hi there, you. " * 20, "sampling_params": params, "custom_logit_processor": Fails.to_str() if way is not None else ""})
 
     with ThreadPoolExecutor(len(ways)) as pool:
         replies = list(pool.map(ask, ways))
