@@ -1,10 +1,15 @@
-"""Requests that are retracted at every fourth forward, or for a prompt's chunks. Stock SGLang gets some of the same where SOAK_STOCK=1."""
+"""Requests that are retracted at every fourth forward, or for a prompt's chunks. Stock SGLang gets some of the same where SOAK_STOCK=1.
+
+``SOAK_WITHOUT=retract_beside_chunk`` leaves hooks of ``idlm_sglang/compat`` out: what is then counted is printed, and nothing is asked of it.
+"""
 
 import json
+import os
 import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from requests import RequestException
@@ -17,12 +22,15 @@ from tests.soak.served import Served, Stock, number
 OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "4"}
 ARMS = ["isd", "ar", pytest.param("stock", marks=pytest.mark.skipif(not number("SOAK_STOCK", 0), reason="SOAK_STOCK=1: stock SGLang under the same requests"))]
 SECONDS = 30
+WITHOUT = os.environ.get("SOAK_WITHOUT", "")
 REGEX = "[a-z]{3,8}( [a-z]{3,8}){8}"
 
 
 def arm(name: str, logs, directory, *flags: str, env: dict | None = None) -> Served:
     if name == "stock":
         return Stock(logs, directory, *flags, env=env)
+    if WITHOUT:
+        env = {**(env or {}), "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent / "unmended"), os.environ.get("PYTHONPATH")]))}
     return Served(name, logs, *(["--ar"] if name == "ar" else ["--stride", "4"]), *flags, env=env)
 
 
@@ -33,14 +41,14 @@ def test_streams_that_echo_their_prompt_keep_its_logprobs(name, soak_logs, tmp_p
         with server.post("/v1/completions", body, stream=True) as reply:
             events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith(b"data: {")]
         found = [p for event in events for choice in event["choices"] for p in (choice["logprobs"] or {}).get("token_logprobs", [])]
-        return found[:1] == [None] and len(found) == len(tokenizer().encode(text).ids) + 3
+        return found[:1] == [None] and len(found) > len(tokenizer().encode(text).ids)
 
     texts = [f"{i} {text}" for i, text in enumerate(prompts(40, seed=54))]
     with arm(name, soak_logs, tmp_path, env=OFTEN) as server, ThreadPoolExecutor(6) as pool:
         lost = list(pool.map(has_them, texts)).count(False)
         retracted = len(RETRACTED.findall((server.server_log if name != "stock" else server.log).read_text(errors="replace")))
-    print(f"{name}: {lost} of {len(texts)} streams lost the log-probabilities of their prompt; {retracted} times requests were retracted")
-    assert retracted and (lost == 0 or name == "stock")
+    print(f"{name} {WITHOUT}: {lost} of {len(texts)} streams lost the log-probabilities of their prompt; {retracted} times requests were retracted")
+    assert retracted and (lost == 0 or name == "stock" or WITHOUT)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -58,7 +66,7 @@ def test_a_long_answer_beside_prompts_in_chunks_is_not_aborted(name, soak_logs, 
 
     def short() -> None:
         while time.monotonic() < until:
-            asked(rng.choices(range(300, 1000), k=rng.randrange(100, 250)), max_new_tokens=2)
+            asked(rng.choices(range(300, 1000), k=rng.randrange(100, 300)), max_new_tokens=2)
 
     with arm(name, soak_logs, tmp_path, *flags) as server, ThreadPoolExecutor(2) as pool:
         until, answers = time.monotonic() + SECONDS, []
@@ -69,8 +77,8 @@ def test_a_long_answer_beside_prompts_in_chunks_is_not_aborted(name, soak_logs, 
             client.result()
         again = server.server_log.read_text(errors="replace").count("is not aborted but retracted") if name != "stock" else 0
     aborted = sum(status != 200 for status in answers)
-    print(f"{name}: {aborted} of {len(answers)} long answers aborted, {again} times one was retracted instead")
-    assert answers and (aborted == 0 or name == "stock")
+    print(f"{name} {WITHOUT}: {aborted} of {len(answers)} long answers aborted, {again} times one was retracted instead")
+    assert answers and (aborted == 0 or name == "stock" or WITHOUT)
 
 
 @pytest.mark.parametrize("name,flags", [("ar", []), ("isd", ["--sampling-rule", "rejection"])])
