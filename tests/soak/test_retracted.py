@@ -54,7 +54,7 @@ def test_streams_that_echo_their_prompt_keep_its_logprobs(name, soak_logs, tmp_p
 @pytest.mark.parametrize("name", ARMS)
 def test_a_long_answer_beside_prompts_in_chunks_is_not_aborted(name, soak_logs, tmp_path):
     """One client of long answers, two of prompts, a pool that holds one of each."""
-    flags = ["--max-total-tokens", "400", "--chunked-prefill-size", "16", "--schedule-conservativeness", "0.05"]
+    flags = ["--max-total-tokens", "400", "--chunked-prefill-size", "16", "--schedule-conservativeness", "0.05", "--disable-overlap-schedule"]
     rng = random.Random(6)
 
     def asked(tokens: list[int], **params) -> int:
@@ -66,13 +66,15 @@ def test_a_long_answer_beside_prompts_in_chunks_is_not_aborted(name, soak_logs, 
 
     def short() -> None:
         while time.monotonic() < until:
-            asked(rng.choices(range(300, 1000), k=rng.randrange(100, 300)), max_new_tokens=2)
+            asked(rng.choices(range(300, 1000), k=rng.randrange(150, 270)), max_new_tokens=2)
 
-    with arm(name, soak_logs, tmp_path, *flags) as server, ThreadPoolExecutor(2) as pool:
+    # Behind a retraction SGLang admits less for some steps: few of them.
+    env = {"SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "5"}
+    with arm(name, soak_logs, tmp_path, *flags, env=env) as server, ThreadPoolExecutor(2) as pool:
         until, answers = time.monotonic() + SECONDS, []
         clients = [pool.submit(short) for _ in range(2)]
         while time.monotonic() < until:
-            answers.append(asked([5, 6, 7], max_new_tokens=300))
+            answers.append(asked([5, 6, 7], max_new_tokens=290))
         for client in clients:
             client.result()
         again = server.server_log.read_text(errors="replace").count("is not aborted but retracted") if name != "stock" else 0
