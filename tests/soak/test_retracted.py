@@ -87,7 +87,7 @@ def test_a_long_answer_beside_prompts_in_chunks_is_not_aborted(name, soak_logs, 
 @pytest.mark.parametrize("grammars", ["xgrammar", "llguidance", "outlines"])
 def test_unseeded_answers_to_embeddings_are_one_answer_each(name, flags, grammars, soak_logs, tmp_path):
     """Free ones; ones that a grammar holds; and ones that a grammar holds behind a thought."""
-    flags = [*flags, "--disable-radix-cache", "--grammar-backend", grammars, "--reasoning-parser", "qwen3"]
+    flags = [*flags, "--disable-radix-cache", "--incremental-streaming-output", "--grammar-backend", grammars, "--reasoning-parser", "qwen3"]
     with arm(name, soak_logs, tmp_path, *flags, env=OFTEN) as server:
         server.log = server.server_log
         retracted = check_unseeded(server, server, 40)
