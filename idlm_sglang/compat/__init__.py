@@ -99,7 +99,7 @@ _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
-    Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AFTER", reserve_in_use),
+    Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AROUND", reserve_in_use),
     Patch(_SRT + "speculative.spec_utils.spec_prepare_for_decode", "AROUND", allocate_in_use),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2", "AROUND", need_in_use),
     Patch(_SRT + "mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", "AROUND", chunk_that_fits),
