@@ -33,6 +33,7 @@ from idlm_sglang.compat.figures import (
     stride_handler,
 )
 from idlm_sglang.compat.graphs import graphs_by_stride, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
+from idlm_sglang.compat.isolation import isolated_at_once
 from idlm_sglang.compat.live import add_live_page
 from idlm_sglang.compat.outputs import begin_again, search_in_time, send_what_is_new
 from idlm_sglang.compat.requests import (
@@ -124,6 +125,7 @@ PATCHES = (
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", room_for_masks),
     Patch(_SRT + "managers.scheduler.Scheduler.run_batch", "AROUND", decode_beside_prefill),
     Patch(_SRT + "managers.scheduler.Scheduler.process_batch_result", "AROUND", finish_both),
+    Patch(_SRT + "managers.scheduler.Scheduler._forward_isolation", "AROUND", isolated_at_once),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
     Patch(_RESULTS + "._accept_grammar_tokens", "AROUND", grammar_behind_end),
