@@ -21,8 +21,8 @@ from idlm_sglang.compat.ends import (
 )
 from idlm_sglang.compat.figures import (
     attach_report,
+    count_before_answers,
     count_decode,
-    count_row,
     flush_past_checks,
     make_room,
     offer_for_selfcheck,
@@ -93,6 +93,7 @@ PROPERTY, MODULE = "PROPERTY", "MODULE"
 
 _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+_STREAMER = _SRT + "managers.scheduler_components.output_streamer"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _WEIGHTS = _SRT + "model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MODEL_RUNNER = _SRT + "model_executor.model_runner.ModelRunner"
@@ -107,8 +108,8 @@ PATCHES = (
     Patch(_SRT + "managers.scheduler.Scheduler.update_running_batch", "AROUND", note_chunk),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.retract_decode", "AROUND", retract_beside_chunk),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
-    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
-    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept", "AROUND", send_what_is_new),
+    Patch(_STREAMER + "._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
+    Patch(_STREAMER + "._GenerationStreamAccumulator.accept", "AROUND", send_what_is_new),
     Patch(_SRT + "managers.schedule_batch.Req.reset_for_retract", "AFTER", begin_again),
     Patch(_SRT + "managers.schedule_batch.re.search", MODULE, search_in_time),
     Patch(_TOKENIZER + ".update_request_meta_info", "AROUND", report_in_meta_info),
@@ -132,7 +133,7 @@ PATCHES = (
     Patch(_RESULTS + "._maybe_update_reasoning_tokens", "AROUND", defer_reasoning),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
     Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
-    Patch(_RESULTS + "._handle_finish_state_updated_req", "BEFORE", count_row),
+    Patch(_STREAMER + ".SchedulerOutputStreamer.stream_output", "BEFORE", count_before_answers),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),
     Patch(_TOKENIZER + ".flush_cache", "AROUND", flush_past_checks),

@@ -64,7 +64,7 @@ class IsdResult(GenerationBatchResult):
     """A decode step's result with what the metrics need.
 
     Attributes:
-        round_stats: ``(B, 4)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q), survivors among the drafts.
+        round_stats: ``(B, 4)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q), drafts that are no survivors.
             It reaches the host with the tokens, in the same asynchronous copy.
         limits: host list, the draft limit of each request in this step (0: one token per step).
     """

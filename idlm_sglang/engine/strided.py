@@ -89,8 +89,7 @@ class StridedStep:
             compute_spec_logprobs(batch, output, step.tokens.view(-1), chain_stride=k + 1)
             # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
             output.next_token_logits = None
-        survivors = (carried.counts - carried.clean).float()
-        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection, survivors], dim=1)
+        stats = torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
         result = decode_result(out, output, committed, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host)
         if on_publish is not None:
             on_publish(result.new_seq_lens)

@@ -86,8 +86,8 @@ class IsdWorker(BaseSpecWorker):
         if counts and get_observability().enable_metrics:
             labels = {"model_name": get_serving().served_model_name, "dp_rank": str(get_parallel().dp_rank or 0)}
         self.phases = StepPhases()
-        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels, self.phases.seconds) if counts else None
         self.strides = StrideSeries(labels)
+        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels, self.phases.seconds, self.strides) if counts else None
 
     # What SGLang asks of a speculative worker.
 
