@@ -84,7 +84,7 @@ class BatchRows:
 
     Attributes:
         numbers: ``(B,)`` int64 request numbers; limits: ``(B,)`` int64 draft limits; seeds: ``(B,)`` int64;
-        coupled: ``(B,)`` bool. All on the device.
+        coupled: ``(B,)`` bool; ones: ``(B,)`` int32, as many tokens as a step of stride 1 commits. All on the device.
         limits_host: the limits as a list; drafts: K of this step, the largest of them.
         grammars: host list of the rows whose grammar is walked over the drafts.
         single_grammar: some grammar cannot be walked; its row decodes one token per step.
@@ -102,6 +102,7 @@ class BatchRows:
         packed = on_device(host, device)
         self.numbers, self.limits, self.seeds = packed[0], packed[1], packed[2]
         self.coupled = packed[3].bool()
+        self.ones = torch.ones(len(plans), dtype=torch.int32, device=device)
         self.limits_host = limits
         self.drafts = max(limits)
         self.follows = any(plan.mode == STRIDED and plan.stride is None for plan in plans)
