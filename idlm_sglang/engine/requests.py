@@ -8,7 +8,7 @@ import torch
 from idlm_sglang.config import MAX_STRIDE, Settings
 from idlm_sglang.engine.penalties import penalised_rows
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.isd.target import SamplingRows, truncation
+from idlm_sglang.isd.target import SamplingRows, host_flags
 
 STRIDE_PARAM = "idlm_stride"
 # Marks a repetition by the self-check: it is no service to a client.
@@ -90,6 +90,7 @@ class BatchRows:
         single_grammar: some grammar cannot be walked; its row decodes one token per step.
         follows: some row has the server's stride, and no own.
         penalised: the penalised rows, or None.
+        any_sampled, any_rejection: as in :class:`SamplingRows`; flags: its others; keyed: some sampled request's seed alone fixes its answer.
     """
 
     def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, vocab: int, device, most: int = MAX_STRIDE):
@@ -109,11 +110,14 @@ class BatchRows:
         self.grammars = [i for i, req in enumerate(reqs) if req.grammar is not None and settings.strided_grammars]
         self.single_grammar = not settings.strided_grammars and any(req.grammar is not None for req in reqs)
         self.penalised = penalised_rows(reqs, vocab, device)
-        sampled = [r.sampling_params for r in reqs if r.sampling_params.top_k > 1]
-        self.any_sampled = bool(sampled)
-        self.truncation = truncation((s.top_k, s.top_p, s.min_p) for s in sampled)
-        self.any_truncated = self.truncation["any_truncated"]
+        self.any_sampled = any(r.sampling_params.top_k > 1 for r in reqs)
+        self.flags = host_flags((r.sampling_params.top_k, r.sampling_params.top_p, r.sampling_params.min_p) for r in reqs)
+        self.keyed = any(p.coupled and r.sampling_params.top_k > 1 for p, r in zip(plans, reqs))
         self.any_rejection = any(not c and r.sampling_params.top_k > 1 for c, r in zip(coupled, reqs))
+
+    def give_seeds(self, info) -> None:
+        """``engine.sampler.give_seeds`` for a batch of these requests."""
+        info.idlm_seeds, info.idlm_flags = (self.seeds if self.keyed else None), self.flags
 
     def sampling(self, info) -> SamplingRows:
         """With SGLang's ``SamplingBatchInfo`` of the same batch."""
@@ -126,5 +130,5 @@ class BatchRows:
             coupled=self.coupled,
             any_sampled=self.any_sampled,
             any_rejection=self.any_rejection,
-            **self.truncation,
+            **self.flags,
         )

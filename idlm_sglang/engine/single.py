@@ -7,7 +7,6 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from idlm_sglang.engine.requests import BatchRows
-from idlm_sglang.engine.sampler import give_seeds
 from idlm_sglang.engine.spec_io import IsdResult, decode_result
 
 
@@ -48,6 +47,7 @@ class SingleStep:
         if batch.seq_lens_cpu is not None:
             batch.seq_lens_cpu = batch.seq_lens_cpu + 1
         batch.seq_lens_sum = None
+        self._rows.give_seeds(batch.sampling_info)
         if penalised is not None:
             self._worker.give_penalties(batch, penalised, batch.seq_lens)
         out = self._worker.phases.forward(self._worker.target_worker.forward_batch_generation, batch)
@@ -71,7 +71,7 @@ class SingleStep:
         own.sampling_info, own.req_pool_indices = info, batch.req_pool_indices
         own.seq_lens, own.seq_lens_cpu = self._lengths, batch.seq_lens_cpu + 1
         own.return_logprob, own.top_logprobs_nums, own.token_ids_logprobs = batch.return_logprob, batch.top_logprobs_nums, batch.token_ids_logprobs
-        give_seeds(batch, info)
+        self._rows.give_seeds(info)
         if penalised is not None:
             worker.give_penalties(batch, penalised, own.seq_lens)
         output = LogitsProcessorOutput(next_token_logits=logits[:, 0])
