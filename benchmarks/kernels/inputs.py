@@ -10,7 +10,7 @@ import torch
 from benchmarks.kernels.harness import Options
 from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.isd import SamplingRows, noise, step_positions, target_scores
-from idlm_sglang.isd.target import truncation
+from idlm_sglang.isd.target import host_flags
 
 QWEN3_VOCAB = 151_936
 BATCHES, STRIDES = (1, 8, 64), (2, 4, 8)
@@ -86,7 +86,7 @@ def sampling_rows(variant: str, batch: int, device: str, coupled: bool = True) -
         coupled=torch.full((batch,), coupled, device=device),
         any_sampled=sampled,
         any_rejection=sampled and not coupled,
-        **truncation([(top_k, top_p, min_p)]),
+        **host_flags([(top_k, top_p, min_p)]),
     )
 
 

@@ -41,7 +41,7 @@ def arms_of(batch: int, stride: int, options: Options) -> list[Arm]:
         return tables["sglang"]
 
     return [
-        Arm("ours", OURS, ours),
+        *([Arm("ours", OURS, ours)] if torch.device(device).type == "cpu" else []),
         Arm("loop over requests", REFERENCE, in_loops),
         Arm("SGLang, Triton", LIBRARY, by_sglang, needs_gpu=True),
     ]

@@ -15,13 +15,13 @@ from idlm_sglang.isd import noise, step_positions, target_scores
 from idlm_sglang.isd.propose import propose
 
 
-def ours(step_scores: torch.Tensor, rows, positions: torch.Tensor, limits: torch.Tensor, keep_q: bool):
+def ours(step_scores: torch.Tensor, rows, positions: torch.Tensor, limits: torch.Tensor):
     """(drafts, log q, q or None) from the scores of all 2K + 1 rows, the last K of which are MASK rows."""
     k = positions.shape[1]
     scores = step_scores[:, k + 1 :]
     noisy = scores + noise.gumbel(rows.seed, positions, scores.shape[-1]) if rows.any_sampled else scores
     chosen = torch.cat([positions.new_zeros(len(positions), k + 1), noisy.argmax(-1)], dim=1)
-    found = propose(step_scores, chosen, rows.greedy, limits, limits, limits, keep_q, False)
+    found = propose(step_scores, chosen, rows, limits, limits, limits, False)
     return found.drafts, found.log_q, found.q
 
 
@@ -77,7 +77,7 @@ def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
     limits = torch.full((size.batch,), k, device=device)
     keep_q = rule == "rejection"
     arms = [
-        Arm("ours", OURS, lambda: ours(step_scores, rows, positions, limits, keep_q), check),
+        Arm("ours", OURS, lambda: ours(step_scores, rows, positions, limits), check),
         Arm("loop over rows", REFERENCE, lambda: in_loops(scores, rows, positions, keep_q)),
     ]
     if rule != "greedy":

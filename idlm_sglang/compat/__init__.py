@@ -22,8 +22,8 @@ from idlm_sglang.compat.ends import (
 )
 from idlm_sglang.compat.figures import (
     attach_report,
+    count_before_answers,
     count_decode,
-    count_row,
     flush_past_checks,
     make_room,
     offer_for_selfcheck,
@@ -34,6 +34,7 @@ from idlm_sglang.compat.figures import (
     stride_handler,
 )
 from idlm_sglang.compat.graphs import graphs_by_stride, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
+from idlm_sglang.compat.isolation import isolated_at_once
 from idlm_sglang.compat.live import add_live_page
 from idlm_sglang.compat.outputs import embeds_by_row, keep_output, search_in_time, send_what_is_new
 from idlm_sglang.compat.requests import (
@@ -94,6 +95,7 @@ PROPERTY, MODULE = "PROPERTY", "MODULE"
 
 _SRT = "sglang.srt."
 _RESULTS = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+_STREAMER = _SRT + "managers.scheduler_components.output_streamer"
 _INTERNAL = _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _WEIGHTS = _SRT + "model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MODEL_RUNNER = _SRT + "model_executor.model_runner.ModelRunner"
@@ -101,15 +103,15 @@ _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager"
 
 PATCHES = (
     Patch(_SRT + "mem_cache.allocation_sizing.get_req_to_token_extra_context_len", "AFTER", room_for_strides),
-    Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AFTER", reserve_in_use),
+    Patch(_SRT + "mem_cache.allocation_sizing.get_alloc_reserve_per_decode", "AROUND", reserve_in_use),
     Patch(_SRT + "speculative.spec_utils.spec_prepare_for_decode", "AROUND", allocate_in_use),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2", "AROUND", need_in_use),
     Patch(_SRT + "mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", "AROUND", chunk_that_fits),
     Patch(_SRT + "managers.scheduler.Scheduler.update_running_batch", "AROUND", note_chunk),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.retract_decode", "AROUND", retract_beside_chunk),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", attach_seeds),
-    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
-    Patch(_SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept", "AROUND", send_what_is_new),
+    Patch(_STREAMER + "._GenerationStreamAccumulator.to_payload", "BEFORE", attach_report),
+    Patch(_STREAMER + "._GenerationStreamAccumulator.accept", "AROUND", send_what_is_new),
     Patch(_SRT + "managers.schedule_batch.Req.reset_for_retract", "AROUND", keep_output),
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", embeds_by_row),
     Patch(_SRT + "function_call.function_call_parser.FunctionCallParser.parse_stream_chunk", "AROUND", parse_tag_by_tag),
@@ -129,6 +131,7 @@ PATCHES = (
     Patch(_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", "AFTER", room_for_masks),
     Patch(_SRT + "managers.scheduler.Scheduler.run_batch", "AROUND", decode_beside_prefill),
     Patch(_SRT + "managers.scheduler.Scheduler.process_batch_result", "AROUND", finish_both),
+    Patch(_SRT + "managers.scheduler.Scheduler._forward_isolation", "AROUND", isolated_at_once),
     Patch(_SRT + "managers.schedule_batch.Req.is_prefill_only", PROPERTY, scores_without_generating),
     Patch(_SRT + "sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", "AFTER", guard_processors),
     Patch(_SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", "AROUND", penalties_in_order),
@@ -136,7 +139,7 @@ PATCHES = (
     Patch(_RESULTS + "._maybe_update_reasoning_tokens", "AROUND", defer_reasoning),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
     Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
-    Patch(_RESULTS + "._handle_finish_state_updated_req", "BEFORE", count_row),
+    Patch(_STREAMER + ".SchedulerOutputStreamer.stream_output", "BEFORE", count_before_answers),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),
     Patch(_TOKENIZER + ".flush_cache", "AROUND", flush_past_checks),

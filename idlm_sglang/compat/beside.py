@@ -40,6 +40,8 @@ def finish_both(original: Callable, scheduler, batch, result) -> None:
 
 
 def _may_join(scheduler, batch, running) -> bool:
+    if batch is running or running.is_empty():
+        return False
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
     from idlm_sglang.engine.beside import takes_decode
@@ -48,8 +50,6 @@ def _may_join(scheduler, batch, running) -> bool:
     return (
         normal
         and scheduler.draft_worker.settings.mixed_steps
-        and batch is not running
-        and not running.is_empty()
         and not running.is_prefill_only
         and takes_decode(batch)
         and running.check_decode_mem()

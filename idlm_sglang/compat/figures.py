@@ -6,6 +6,9 @@ from typing import Any
 
 from idlm_sglang.compat.running import is_isd
 
+# The counters of the rank that counts, while a decode step of ISD is processed.
+_counting = None
+
 
 def attach_report(acc, **_) -> None:
     """What: before ``_GenerationStreamAccumulator.to_payload`` the answers' seeds and figures join the payload.
@@ -47,33 +50,28 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     Guard: the hook applied; the figures are compared with the answers in a test.
     Goes when: SGLang passes committed tokens per request to ``BaseSpecWorker``.
     """
-    from idlm_sglang.engine.phases import PROCESS
+    global _counting
+    from idlm_sglang.engine.spec_io import IsdResult
 
-    metrics = _step_metrics(processor, result)
+    metrics = getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
     if metrics is None:
         return original(processor, batch, result)
-    metrics.begin(batch)
-    out = processor.draft_worker.phases.whole(PROCESS, original, processor, batch, result)
-    metrics.end()
-    return out
+    metrics.begin(batch, result)
+    _counting = metrics
+    try:
+        return processor.draft_worker.phases.process(original, processor, batch, result)
+    finally:
+        _counting = None
 
 
-def count_row(processor, req, batch, result, i: int, *_) -> None:
-    """What: before ``SchedulerBatchResultProcessor._handle_finish_state_updated_req`` the row's step is counted.
-    Why: a finished answer leaves with its figures before the step's processing ends.
+def count_before_answers(*_, **__) -> None:
+    """What: before ``SchedulerOutputStreamer.stream_output`` the step that is being processed is counted.
+    Why: all its tokens are appended and trimmed there, and a finished answer leaves with its figures: who has it finds it counted.
     Guard: the hook applied; each answer's figures are compared with the counters in a test.
     Goes when: with the hook above.
     """
-    metrics = _step_metrics(processor, result)
-    if metrics is not None:
-        metrics.row(req, result, i)
-
-
-def _step_metrics(processor, result):
-    """The counters of the rank that counts, for a decode step of ISD; else None."""
-    from idlm_sglang.engine.spec_io import IsdResult
-
-    return getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+    if _counting is not None:
+        _counting.end()
 
 
 def own_figures(original: Callable, manager, meta_info: dict, recv_obj, i: int) -> Any:
@@ -91,11 +89,10 @@ def own_accept_rate(reporter, *_, **__) -> None:
     Guard: the hook applied; the log line's rate is compared with the counters in a test.
     Goes when: with the hook above.
     """
-    metrics = getattr(reporter.scheduler.draft_worker, "metrics", None) if is_isd() else None
-    if metrics is None:
+    if reporter.forward_ct_decode % reporter.decode_log_interval or not is_isd():
         return
-    metrics.end()
-    if reporter.forward_ct_decode % reporter.decode_log_interval:
+    metrics = reporter.scheduler.draft_worker.metrics
+    if metrics is None:
         return
     from sglang.srt.runtime_context import get_spec
 

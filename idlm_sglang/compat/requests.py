@@ -131,8 +131,10 @@ def attach_seeds(forward_batch, cls, batch, model_runner, **_) -> None:
     """
     from idlm_sglang.engine.sampler import give_seeds
 
-    # In a verify forward the worker has the seeds of its own step.
-    give_seeds(batch, batch.sampling_info, wanted=not forward_batch.forward_mode.is_target_verify())
+    # In a decode step of ISD the worker has the seeds of its own.
+    mode = forward_batch.forward_mode
+    if batch.sampling_info is not None and not (is_isd() and (mode.is_decode() or mode.is_target_verify())):
+        give_seeds(batch, batch.sampling_info)
 
 
 def token_keyed_sampler(sampler, *_, **__):

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 
 from idlm_sglang.compat.running import is_isd
 
@@ -12,25 +11,25 @@ _columns: int | None = None
 _chunk_held = False
 
 
-@contextmanager
-def _for(reqs, overlap: bool):
+def _reserving(reqs, overlap: bool, call: Callable, *args):
+    """``call(*args)`` under the reserve that a decode step of ``reqs`` needs."""
     global _columns
     from idlm_sglang.engine.reserve import columns
 
     _columns = columns(reqs, overlap) if is_isd() else None
     try:
-        yield
+        return call(*args)
     finally:
         _columns = None
 
 
-def reserve_in_use(result: int) -> int:
+def reserve_in_use(original: Callable) -> int:
     """What: ``get_alloc_reserve_per_decode``, while a step is allocated or its need is estimated, is that of its stride.
     Why: it is 2W columns at the largest stride; at stride 1 a short pool would hold fewer requests than in AR.
     Guard: the hook applied; a test compares stride 1 with AR on a short pool, another switches strides there.
     Goes when: SGLang asks the algorithm for the columns of a batch.
     """
-    return result if _columns is None else min(result, _columns)
+    return original() if _columns is None else _columns
 
 
 def allocate_in_use(original: Callable, batch) -> None:
@@ -39,8 +38,7 @@ def allocate_in_use(original: Callable, batch) -> None:
     Guard: with the hook above.
     Goes when: with the hook above.
     """
-    with _for(batch.reqs, batch.enable_overlap):
-        original(batch)
+    _reserving(batch.reqs, batch.enable_overlap, original, batch)
 
 
 def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
@@ -49,8 +47,7 @@ def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
     Guard: with the hook above.
     Goes when: with the hook above.
     """
-    with _for(requests, batch.enable_overlap):
-        return original(batch, requests, page_size)
+    return _reserving(requests, batch.enable_overlap, original, batch, requests, page_size)
 
 
 def room_for_masks(_, batch) -> None:
@@ -63,8 +60,7 @@ def room_for_masks(_, batch) -> None:
         return
     from idlm_sglang.engine.warm import reserve
 
-    with _for(batch.reqs, batch.enable_overlap):
-        reserve(batch)
+    _reserving(batch.reqs, batch.enable_overlap, reserve, batch)
 
 
 def chunk_that_fits(original: Callable, budget, chunk_limit: int) -> int | None:
@@ -93,9 +89,11 @@ def note_chunk(original: Callable, scheduler, batch):
     Goes when: with the hook below.
     """
     global _chunk_held
+    if scheduler.chunked_req is None:
+        return original(scheduler, batch)
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
-    _chunk_held = scheduler.chunked_req is not None and scheduler.disaggregation_mode == DisaggregationMode.NULL
+    _chunk_held = scheduler.disaggregation_mode == DisaggregationMode.NULL
     try:
         return original(scheduler, batch)
     finally:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from idlm_sglang.engine.phases import PHASES
 from idlm_sglang.engine.requests import SELFCHECK
 from idlm_sglang.engine.spec_io import IsdResult
+from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.trace import trace_of
 
 logger = logging.getLogger(__name__)
@@ -50,19 +51,18 @@ class Totals:
         """Nothing counted, K = ``max_drafts`` positions."""
         return cls(**{name: [0] * max_drafts for name in _BY_POSITION})
 
-    def add(self, other: "Totals") -> None:
-        """Count what ``other`` counted."""
-        self.tokens += other.tokens
-        self.forwards += other.forwards
-        self.introspection += other.introspection
-        self.tried += other.tried
-        self.answers += other.answers
-        for kind, n in other.rounds.items():
-            self.rounds[kind] += n
-        for name in _BY_POSITION:
-            mine = getattr(self, name)
-            for i, n in enumerate(getattr(other, name)):
-                mine[i] += n
+    def round(self, kind: str, tokens: int, count: int, run: int, introspection: float) -> None:
+        """One request in one forward: ``count`` drafts verified, ``run`` of them accepted, ``tokens`` tokens committed."""
+        self.tokens += tokens
+        self.rounds[kind] += 1
+        survivors = kind == SALVAGE
+        proposed, accepted = (self.salvage_proposed, self.salvage_accepted) if survivors else (self.proposed, self.accepted)
+        for position in range(count):
+            proposed[position] += 1
+            accepted[position] += position < run
+        if not survivors:
+            self.introspection += introspection
+            self.tried += min(run + 1, count)
 
     def as_dict(self) -> dict:
         rounds = sum(self.rounds.values())
@@ -128,121 +128,83 @@ def figures_of(req) -> Figures:
     return found
 
 
-@dataclass
-class _Step:
-    """One decode step while SGLang works through its rows, ``left`` of which are still to come."""
-
-    lengths: list[int]
-    left: int
-    counts: Totals
-    stats: list[list[float]] | None = None
-    seen: list[tuple[int, int, bool]] = field(default_factory=list)
-    ends: bool = False
-
-
 class IsdMetrics:
     """Counts decode steps; publishes them when ``labels`` is given.
 
-    SGLang sends a finished answer while it still works on the step that finished it. So a step is counted row by row:
-    :meth:`begin`, :meth:`row` for each request once its tokens are appended and trimmed, :meth:`end` with the last of them.
+    SGLang appends and trims a step's tokens, and then sends what is finished: :meth:`begin` comes before, :meth:`end` between the two.
 
     Args:
         max_drafts: K at the largest stride.
         labels: Prometheus labels (``model_name``, ``dp_rank``), or None to count without publishing.
         seconds: host seconds by phase since start, kept up to date by their owner (``engine.phases``).
+        strides: publishes with these.
     """
 
-    def __init__(self, max_drafts: int, labels: dict[str, str] | None, seconds: dict[str, float]):
-        self.seconds = seconds
-        self._published_seconds = dict(seconds)
+    def __init__(self, max_drafts: int, labels: dict[str, str] | None, seconds: dict[str, float], strides: StrideSeries):
+        self.seconds, self._strides = seconds, strides
         self.totals = Totals.none(max_drafts)
-        self._unpublished = Totals.none(max_drafts)
         # Told of each step's rounds, as (drafts verified, accepted, whether they were survivors) per request.
         self.on_step: Callable[[list[tuple[int, int, bool]]], None] | None = None
         self._warned = False
-        self._step: _Step | None = None
+        self._step: tuple[list[tuple], IsdResult] | None = None
         self._told = (0, 0, 0, 0)
+        self._requests = requests_counter(labels) if labels is not None else None
         self._series = _series(labels, max_drafts) if labels is not None else None
+        self._published = self._values()
 
     def request(self, mode: str, reason: str) -> None:
         """A request was admitted or refused."""
-        if self._series:
-            self._series["requests"](mode=mode, reason=reason).inc()
+        if self._requests is not None:
+            self._requests(mode=mode, reason=reason).inc()
 
-    def begin(self, batch) -> None:
-        """A step's result has arrived; none of its tokens is appended yet."""
-        left = sum(not (req.finished() or req.is_retracted) for req in batch.reqs)
-        self._step = _Step([len(req.output_ids) for req in batch.reqs], left, Totals.none(len(self.totals.proposed)))
-
-    def row(self, req, result: IsdResult, i: int) -> None:
-        """Row ``i`` of the step, its tokens appended and trimmed. SGLang leaves rows out that had already ended."""
-        step = self._step
-        if step is None:
-            return
-        if step.stats is None and result.round_stats is not None:
-            step.stats = result.round_stats.tolist()
-        end = len(req.output_ids) if req.finished_len is None else min(req.finished_len, len(req.output_ids))
-        tokens = max(end - step.lengths[i], 0)
-        single = step.stats is None or result.limits[i] == 0
-        count, run = (0, 0) if single else map(int, step.stats[i][:2])
-        figures_of(req).add(tokens, count, run)
-        salvage = not single and step.stats[i][3] > 0
-        step.seen.append((count, run, salvage))
-        kind = SINGLE if single else SALVAGE if salvage else VERIFY if count else COLD
-        if req.idlm_plan.trace:
-            trace_of(req).add(step.lengths[i], tokens, kind, count, run)
-        if req.idlm_plan.reason != SELFCHECK:
-            self._count(step.counts, kind, tokens, count, run, step.stats[i][2] if count else 0.0)
-            step.counts.answers += req.finished()
-        step.ends |= req.finished()
-        step.left -= 1
-        if step.left == 0:
-            # Before the answers leave: who has one finds it counted.
-            self.end()
-
-    @staticmethod
-    def _count(counts: Totals, kind: str, tokens: int, count: int, run: int, introspection: float) -> None:
-        counts.tokens += tokens
-        counts.rounds[kind] += 1
-        survivors = kind == SALVAGE
-        proposed = counts.salvage_proposed if survivors else counts.proposed
-        accepted = counts.salvage_accepted if survivors else counts.accepted
-        for position in range(count):
-            proposed[position] += 1
-            accepted[position] += position < run
-        if not survivors:
-            counts.introspection += introspection
-            counts.tried += min(run + 1, count)
+    def begin(self, batch, result: IsdResult) -> None:
+        """A step's result has arrived; none of its tokens is appended yet. Rows that had ended before are left out."""
+        rows = [(i, req, len(req.output_ids)) for i, req in enumerate(batch.reqs) if not (req.finished() or req.is_retracted)]
+        self._step = rows, result
 
     def end(self) -> None:
-        """All rows of the step are counted. A second call does nothing."""
-        step = self._step
-        if step is None:
+        """The step's tokens are appended and trimmed: count it. A second call does nothing."""
+        if self._step is None:
             return
-        self._step = None
-        step.counts.forwards = 1
-        self.totals.add(step.counts)
-        if self._series:
-            self._unpublished.add(step.counts)
-            if step.ends or self._unpublished.forwards >= _PUBLISH_EVERY:
-                self._publish()
+        (rows, result), self._step = self._step, None
+        totals, stats, limits = self.totals, None if result.round_stats is None else result.round_stats.tolist(), result.limits
+        seen, ends = [], False
+        for i, req, start in rows:
+            length, finished, plan = len(req.output_ids), req.finished(), req.idlm_plan
+            tokens = max((length if req.finished_len is None else min(req.finished_len, length)) - start, 0)
+            if stats is None or limits[i] == 0:
+                count, run, introspection, kind = 0, 0, 0.0, SINGLE
+            else:
+                count, run, introspection, clean = stats[i]
+                count, run = int(count), int(run)
+                kind = SALVAGE if count > clean else VERIFY if count else COLD
+            figures_of(req).add(tokens, count, run)
+            seen.append((count, run, kind == SALVAGE))
+            if plan.trace:
+                trace_of(req).add(start, tokens, kind, count, run)
+            if plan.reason != SELFCHECK:
+                totals.round(kind, tokens, count, run, introspection)
+                totals.answers += finished
+            ends |= finished
+        totals.forwards += 1
+        if self._series is not None and (ends or totals.forwards % _PUBLISH_EVERY == 0):
+            self._publish()
         if self.on_step is not None:
-            self.on_step(step.seen)
+            self.on_step(seen)
         self._warn_when_nothing_is_accepted()
 
+    def _values(self) -> list[float]:
+        """What is published, in the order of ``_series``."""
+        t = self.totals
+        by_position = (n for name in _BY_POSITION for n in getattr(t, name))
+        return [t.tokens, t.forwards, t.introspection, t.tried, *t.rounds.values(), *self.seconds.values(), *by_position]
+
     def _publish(self) -> None:
-        counts, series = self._unpublished, self._series
-        self._unpublished = Totals.none(len(counts.proposed))
-        amounts = [(series["tokens"], counts.tokens), (series["forwards"], counts.forwards)]
-        amounts += [(series["introspection_sum"], counts.introspection), (series["introspection_count"], counts.tried)]
-        amounts += [(series["rounds"][kind], n) for kind, n in counts.rounds.items()]
-        for name in _BY_POSITION:
-            amounts += zip(series[name], getattr(counts, name))
-        amounts += [(series["seconds"][phase], self.seconds[phase] - self._published_seconds[phase]) for phase in PHASES]
-        self._published_seconds = dict(self.seconds)
-        for counter, n in amounts:
-            if n:
-                counter.inc(n)
+        before, self._published = self._published, self._values()
+        for counter, now, then in zip(self._series, self._published, before, strict=True):
+            if now != then:
+                counter.inc(now - then)
+        self._strides.publish()
 
     def interval(self) -> tuple[int, int, int, int]:
         """Tokens, rounds, drafts proposed and drafts accepted since the last call."""
@@ -266,7 +228,8 @@ class IsdMetrics:
             )
 
 
-def _series(labels: dict[str, str], max_drafts: int) -> dict:
+def _series(labels: dict[str, str], max_drafts: int) -> list:
+    """The counters, in the order of ``IsdMetrics._values``."""
     # Imported here: prometheus_client settles on its multiprocess directory at import, and SGLang sets it late.
     from prometheus_client import Counter
 
@@ -288,20 +251,12 @@ def _series(labels: dict[str, str], max_drafts: int) -> dict:
     introspection_sum = counter("introspective_acceptance_sum", "Sum of min(1, p/q) over tried drafts, survivors left out.")
     introspection_count = counter("introspective_acceptance_count", "Drafts tried: accepted ones and the first rejected one.")
     seconds = counter("step_seconds", "Seconds of the scheduler's thread by phase of a step: prepare, forward, choose, process, prefill.", ("phase",))
-    requests = requests_counter(labels)
-    return {
-        "tokens": tokens.labels(**labels),
-        "forwards": forwards.labels(**labels),
-        "rounds": {kind: rounds.labels(**labels, kind=kind) for kind in KINDS},
-        "proposed": by_position(proposed),
-        "accepted": by_position(accepted),
-        "salvage_proposed": by_position(salvage_proposed),
-        "salvage_accepted": by_position(salvage_accepted),
-        "introspection_sum": introspection_sum.labels(**labels),
-        "introspection_count": introspection_count.labels(**labels),
-        "seconds": {phase: seconds.labels(**labels, phase=phase) for phase in PHASES},
-        "requests": requests,
-    }
+    return [
+        *(series.labels(**labels) for series in (tokens, forwards, introspection_sum, introspection_count)),
+        *(rounds.labels(**labels, kind=kind) for kind in KINDS),
+        *(seconds.labels(**labels, phase=phase) for phase in PHASES),
+        *(child for series in (proposed, accepted, salvage_proposed, salvage_accepted) for child in by_position(series)),
+    ]
 
 
 def requests_counter(labels: dict[str, str]):

@@ -46,6 +46,10 @@ class StepPhases:
         self.seconds[CHOOSE] += end - returned
         return result
 
+    def process(self, call: Callable, *args):
+        """``call(*args)``, SGLang's work on a decode step's result."""
+        return self.whole(PROCESS, call, *args)
+
     def whole(self, phase: str, call: Callable, *args):
         """``call(*args)``, all of it in one phase."""
         start = self._now()

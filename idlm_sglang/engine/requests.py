@@ -8,7 +8,7 @@ import torch
 from idlm_sglang.config import MAX_STRIDE, Settings
 from idlm_sglang.engine.penalties import penalised_rows
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.isd.target import SamplingRows, truncation
+from idlm_sglang.isd.target import SamplingRows, host_flags
 
 STRIDE_PARAM = "idlm_stride"
 # Marks a repetition by the self-check: it is no service to a client.
@@ -84,12 +84,13 @@ class BatchRows:
 
     Attributes:
         numbers: ``(B,)`` int64 request numbers; limits: ``(B,)`` int64 draft limits; seeds: ``(B,)`` int64;
-        coupled: ``(B,)`` bool. All on the device.
+        coupled: ``(B,)`` bool; ones: ``(B,)`` int32, as many tokens as a step of stride 1 commits. All on the device.
         limits_host: the limits as a list; drafts: K of this step, the largest of them.
         grammars: host list of the rows whose grammar is walked over the drafts.
         single_grammar: some grammar cannot be walked; its row decodes one token per step.
         follows: some row has the server's stride, and no own.
         penalised: the penalised rows, or None.
+        any_sampled, any_rejection: as in :class:`SamplingRows`; flags: its others; keyed: some sampled request's seed alone fixes its answer.
     """
 
     def __init__(self, reqs, plans: list[RequestPlan], settings: Settings, server_stride: int, vocab: int, device, most: int = MAX_STRIDE):
@@ -102,17 +103,21 @@ class BatchRows:
         packed = on_device(host, device)
         self.numbers, self.limits, self.seeds = packed[0], packed[1], packed[2]
         self.coupled = packed[3].bool()
+        self.ones = torch.ones(len(plans), dtype=torch.int32, device=device)
         self.limits_host = limits
         self.drafts = max(limits)
         self.follows = any(plan.mode == STRIDED and plan.stride is None for plan in plans)
         self.grammars = [i for i, req in enumerate(reqs) if req.grammar is not None and settings.strided_grammars]
         self.single_grammar = not settings.strided_grammars and any(req.grammar is not None for req in reqs)
         self.penalised = penalised_rows(reqs, vocab, device)
-        sampled = [r.sampling_params for r in reqs if r.sampling_params.top_k > 1]
-        self.any_sampled = bool(sampled)
-        self.truncation = truncation((s.top_k, s.top_p, s.min_p) for s in sampled)
-        self.any_truncated = self.truncation["any_truncated"]
+        self.any_sampled = any(r.sampling_params.top_k > 1 for r in reqs)
+        self.flags = host_flags((r.sampling_params.top_k, r.sampling_params.top_p, r.sampling_params.min_p) for r in reqs)
+        self.keyed = any(p.coupled and r.sampling_params.top_k > 1 for p, r in zip(plans, reqs))
         self.any_rejection = any(not c and r.sampling_params.top_k > 1 for c, r in zip(coupled, reqs))
+
+    def give_seeds(self, info) -> None:
+        """``engine.sampler.give_seeds`` for a batch of these requests."""
+        info.idlm_seeds, info.idlm_flags = (self.seeds if self.keyed else None), self.flags
 
     def sampling(self, info) -> SamplingRows:
         """With SGLang's ``SamplingBatchInfo`` of the same batch."""
@@ -125,5 +130,5 @@ class BatchRows:
             coupled=self.coupled,
             any_sampled=self.any_sampled,
             any_rejection=self.any_rejection,
-            **self.truncation,
+            **self.flags,
         )

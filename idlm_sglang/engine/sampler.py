@@ -12,22 +12,20 @@ from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.requests import server_seed
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.engine.step_ops import StepOps
-from idlm_sglang.isd.target import SamplingRows, truncation
+from idlm_sglang.isd.target import SamplingRows, host_flags
 
 
-def give_seeds(batch, info, wanted: bool = True) -> None:
-    """Leave the noise keys of the batch's requests on ``info``, its ``SamplingBatchInfo``, where one of them has a seed, and what they
-    truncate by beside them."""
-    if info is None:
-        return
+def give_seeds(batch, info) -> None:
+    """Leave the noise keys of the batch's requests on ``info``, its ``SamplingBatchInfo``, where one of them has a seed, and what
+    ``SamplingRows`` knows on the host beside them. A decode step of ISD gives its own (``engine.single``)."""
     info.idlm_seeds = None
     # sampling_seed: --enable-deterministic-inference in AR serving, SGLang's own seeds, batch-mates included.
-    if not wanted or info.sampling_seed is not None:
+    if info.sampling_seed is not None:
         return
     plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
     if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
         return
-    info.idlm_truncation = truncation((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
+    info.idlm_flags = host_flags((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
     info.idlm_seeds = on_device(torch.tensor([plan.seed for plan in plans], dtype=torch.int64), batch.device)
 
 
@@ -40,6 +38,18 @@ class TokenKeyedSampler(Sampler):
     def __init__(self, ops: StepOps):
         super().__init__()
         self._ops = ops
+
+    def forward(self, logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions, *, logprob_logits=None):
+        asked = return_logprob or sampling_info.sampling_mask_batch_indices is not None or logprob_logits is not None
+        if asked or sampling_info.is_all_greedy or getattr(sampling_info, "idlm_seeds", None) is None:
+            return super().forward(
+                logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions, logprob_logits=logprob_logits
+            )
+        # Nothing but tokens is wanted: SGLang's probabilities, which it writes over the logits, would not be looked at.
+        self._preprocess_logits(logits_output.next_token_logits, sampling_info)
+        tokens, _ = self._sample_from_probs(None, sampling_info, positions, False)
+        self._sync_token_ids_across_tp(tokens, sampling_info)
+        return tokens
 
     def _preprocess_logits(self, logits, sampling_info):
         logits = super()._preprocess_logits(logits, sampling_info)
@@ -62,7 +72,7 @@ class TokenKeyedSampler(Sampler):
             coupled=torch.ones_like(info.top_ks, dtype=torch.bool),
             any_sampled=True,
             any_rejection=False,
-            **getattr(info, "idlm_truncation", cut),
+            **getattr(info, "idlm_flags", cut),
         )
 
     def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):

@@ -7,7 +7,6 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from idlm_sglang.engine.requests import BatchRows
-from idlm_sglang.engine.sampler import give_seeds
 from idlm_sglang.engine.spec_io import IsdResult, decode_result
 
 
@@ -28,19 +27,27 @@ class SingleStep:
 
     def __init__(self, worker, batch, rows: BatchRows):
         self._worker, self._batch, self._rows = worker, batch, rows
-        self._committed = batch.seq_lens
-        self.tokens = batch.spec_info.bonus_tokens[:, None]
-        self.places = worker.req_to_token[batch.req_pool_indices, batch.seq_lens].to(torch.int64)[:, None]
+        self._pending = batch.spec_info.bonus_tokens
+        self._slots = worker.req_to_token[batch.req_pool_indices, batch.seq_lens].to(torch.int64)
+        self._lengths = batch.seq_lens + 1
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self._pending[:, None]
+
+    @property
+    def places(self) -> torch.Tensor:
+        return self._slots[:, None]
 
     def run(self, on_publish=None) -> IsdResult:
         """The step's own DECODE forward."""
         batch, penalised = self._batch, self._rows.penalised
         batch.forward_mode, batch.spec_info = ForwardMode.DECODE, None
-        batch.input_ids, batch.out_cache_loc = self.tokens[:, 0], self.places[:, 0]
-        batch.seq_lens = self._committed + 1
+        batch.input_ids, batch.out_cache_loc, batch.seq_lens = self._pending, self._slots, self._lengths
         if batch.seq_lens_cpu is not None:
             batch.seq_lens_cpu = batch.seq_lens_cpu + 1
         batch.seq_lens_sum = None
+        self._rows.give_seeds(batch.sampling_info)
         if penalised is not None:
             self._worker.give_penalties(batch, penalised, batch.seq_lens)
         out = self._worker.phases.forward(self._worker.target_worker.forward_batch_generation, batch)
@@ -62,20 +69,20 @@ class SingleStep:
         batch.sampling_info = info = batch.sampling_info.copy_for_forward()
         info.grammars = [req.grammar for req in batch.reqs] if batch.has_grammar else None
         own.sampling_info, own.req_pool_indices = info, batch.req_pool_indices
-        own.seq_lens, own.seq_lens_cpu = self._committed + 1, batch.seq_lens_cpu + 1
+        own.seq_lens, own.seq_lens_cpu = self._lengths, batch.seq_lens_cpu + 1
         own.return_logprob, own.top_logprobs_nums, own.token_ids_logprobs = batch.return_logprob, batch.top_logprobs_nums, batch.token_ids_logprobs
-        give_seeds(batch, info)
+        self._rows.give_seeds(info)
         if penalised is not None:
             worker.give_penalties(batch, penalised, own.seq_lens)
         output = LogitsProcessorOutput(next_token_logits=logits[:, 0])
         return self._result(out, output, worker.model_runner.sample(output, own))
 
     def _result(self, out, logits_output, next_token_ids) -> IsdResult:
-        batch, penalised, committed = self._batch, self._rows.penalised, self._committed
+        batch, penalised, ones = self._batch, self._rows.penalised, self._rows.ones
         tokens = next_token_ids.to(torch.int64)
         if penalised is not None:
-            self._worker.count(batch, penalised, tokens.view(-1, 1), torch.ones_like(committed))
+            self._worker.count(batch, penalised, tokens.view(-1, 1), ones)
         if batch.return_logprob:
             # The sampler's are flat; speculative results have the shape (B, 1).
             logits_output.next_token_logprobs = logits_output.next_token_logprobs.view(len(batch.reqs), 1)
-        return decode_result(out, logits_output, committed, tokens, torch.ones_like(committed, dtype=torch.int32), tokens, 1)
+        return decode_result(out, logits_output, self._lengths, tokens, ones, tokens, 1)

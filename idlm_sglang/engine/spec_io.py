@@ -64,7 +64,7 @@ class IsdResult(GenerationBatchResult):
     """A decode step's result with what the metrics need.
 
     Attributes:
-        round_stats: ``(B, 4)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q), survivors among the drafts.
+        round_stats: ``(B, 4)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q), drafts that are no survivors.
             It reaches the host with the tokens, in the same asynchronous copy.
         limits: host list, the draft limit of each request in this step (0: one token per step).
     """
@@ -84,19 +84,18 @@ class IsdResult(GenerationBatchResult):
         self.copy_done.record()
 
 
-def decode_result(out, logits_output, committed, tokens, accept_lens, last, stride: int, stats=None, limits=None) -> IsdResult:
+def decode_result(out, logits_output, new_seq_lens, tokens, accept_lens, last, stride: int, stats=None, limits=None) -> IsdResult:
     """The result of a decode step of B requests.
 
     Args:
         out: what SGLang's worker returned for the forward.
         logits_output: with the logprobs that were asked for.
-        committed: ``(B,)`` lengths before the step.
+        new_seq_lens: ``(B,)`` int64, the lengths behind the step.
         tokens: ``(B * stride,)`` int64.
         accept_lens: ``(B,)`` int32, how many of them are committed.
         last: ``(B,)`` int64, the last of these.
         stats, limits: see :class:`IsdResult`.
     """
-    new_seq_lens = committed + accept_lens
     return IsdResult(
         logits_output=logits_output,
         next_token_ids=tokens,

@@ -16,8 +16,10 @@ import torch
 
 from idlm_sglang.config import AUTO, TORCH, TRITON, SettingError
 from idlm_sglang.engine.state import Carried, SlotState
-from idlm_sglang.isd import SamplingRows, StepOutcome, first_proposal, isd_step, noise, target_scores
+from idlm_sglang.isd import SamplingRows, StepOutcome, first_proposal, isd_step, target_scores
+from idlm_sglang.isd.noise import NoiseAhead
 from idlm_sglang.isd.propose import Proposal
+from idlm_sglang.isd.target import choice
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,9 @@ class TorchOps:
 
     q_stays_in_slots = False
 
+    def __init__(self):
+        self._noise = NoiseAhead()
+
     def step(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots) -> StepOutcome:
         return isd_step(logits, carried.drafts, carried.counts, carried.log_q, carried.q, limits, seq_lens, rows, forks, salvage)
 
@@ -71,8 +76,7 @@ class TorchOps:
         return target_scores(logits, rows)[:, 0]
 
     def draw(self, kept, rows, positions) -> torch.Tensor:
-        g = noise.gumbel(rows.seed, positions[:, None], kept.shape[-1])[:, 0]
-        return torch.where(rows.greedy, kept.argmax(-1), (kept + g).argmax(-1))
+        return choice(kept[:, None], rows, self._noise.of(rows.seed, positions, kept.shape[-1]))[:, 0]
 
     def probabilities(self, kept, rows) -> torch.Tensor:
         return torch.softmax(kept, dim=-1)

@@ -10,6 +10,7 @@ class StrideSeries:
 
     def __init__(self, labels: dict[str, str] | None):
         self.steps: dict[int, int] = {}
+        self._published: dict[int, int] = {}
         self._labels, self._last = labels, None
         if labels is None:
             return
@@ -20,7 +21,6 @@ class StrideSeries:
             return Gauge(f"idlm:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent").labels(**labels)
 
         self._counter = Counter("idlm:steps", "Decode steps by stride.", labelnames=[*labels, "stride"])
-        self._by_stride: dict[int, Counter] = {}
         self._mixed = Counter("idlm:mixed_steps", "Decode steps that a prefill's forward took along.", labelnames=list(labels)).labels(**labels)
         self._stride = gauge("stride", "Stride of the last decode step.")
         self._expected = gauge("stride_gain_expected", "Tokens per second over those of stride 1, as the controller expects them.")
@@ -29,14 +29,17 @@ class StrideSeries:
     def step(self, stride: int) -> None:
         """A decode step begins."""
         self.steps[stride] = self.steps.get(stride, 0) + 1
-        if self._labels is None:
-            return
-        if stride not in self._by_stride:
-            self._by_stride[stride] = self._counter.labels(**self._labels, stride=str(stride))
-        self._by_stride[stride].inc()
-        if stride != self._last:
+        if stride != self._last and self._labels is not None:
             self._last = stride
             self._stride.set(stride)
+
+    def publish(self) -> None:
+        """Bring the counter of steps up to date."""
+        for stride, steps in self.steps.items():
+            new = steps - self._published.get(stride, 0)
+            if new:
+                self._counter.labels(**self._labels, stride=str(stride)).inc(new)
+        self._published = dict(self.steps)
 
     def mixed(self) -> None:
         """The step's rows were in a prefill's forward."""

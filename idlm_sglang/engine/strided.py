@@ -80,7 +80,8 @@ class StridedStep:
         logits = self._with_request_terms(logits)
         slots, sampling = batch.req_pool_indices, rows.sampling(batch.sampling_info)
         step = worker.ops.step(logits, carried, rows.limits, committed, sampling, self._seen, self._salvage != OFF, worker.state, slots)
-        worker.state.store(slots, rows.numbers, committed + step.accept_lens, step.proposal)
+        new_seq_lens = committed + step.accept_lens
+        worker.state.store(slots, rows.numbers, new_seq_lens, step.proposal)
         if rows.penalised is not None:
             worker.count(batch, rows.penalised, step.tokens, step.accept_lens)
         output = LogitsProcessorOutput(next_token_logits=None)
@@ -89,11 +90,10 @@ class StridedStep:
             compute_spec_logprobs(batch, output, step.tokens.view(-1), chain_stride=k + 1)
             # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
             output.next_token_logits = None
-        survivors = (carried.counts - carried.clean).float()
-        stats = torch.stack([carried.counts.float(), step.deciding.float(), step.introspection, survivors], dim=1)
-        result = decode_result(out, output, committed, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host)
+        stats = torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
+        result = decode_result(out, output, new_seq_lens, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host)
         if on_publish is not None:
-            on_publish(result.new_seq_lens)
+            on_publish(new_seq_lens)
         return result
 
     def _with_request_terms(self, logits: torch.Tensor) -> torch.Tensor:

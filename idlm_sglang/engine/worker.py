@@ -86,8 +86,8 @@ class IsdWorker(BaseSpecWorker):
         if counts and get_observability().enable_metrics:
             labels = {"model_name": get_serving().served_model_name, "dp_rank": str(get_parallel().dp_rank or 0)}
         self.phases = StepPhases()
-        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels, self.phases.seconds) if counts else None
         self.strides = StrideSeries(labels)
+        self.metrics = IsdMetrics(self.settings.max_stride - 1, labels, self.phases.seconds, self.strides) if counts else None
 
     # What SGLang asks of a speculative worker.
 
@@ -204,7 +204,7 @@ class IsdWorker(BaseSpecWorker):
         else:
             if chosen:
                 control.start(size, self._in_flight)
-            result = self.decode(batch, on_publish)
+            result = self.decode(batch, on_publish, rows)
             if chosen:
                 control.end()
         stride = control.decide(size) if chosen else None
@@ -213,9 +213,9 @@ class IsdWorker(BaseSpecWorker):
             self.strides.gains(*control.gains())
         return result
 
-    def decode(self, batch, on_publish=None):
-        """One decode step at the stride in use, in a forward of its own."""
-        rows = self.rows_of(batch)
+    def decode(self, batch, on_publish=None, rows: BatchRows | None = None):
+        """One decode step at the stride in use, in a forward of its own. ``rows``: the batch's, where they are known."""
+        rows = rows or self.rows_of(batch)
         if not rows.drafts:
             return SingleStep(self, batch, rows).run(on_publish)
         step = StridedStep(self, batch, rows, self.settings.salvage)

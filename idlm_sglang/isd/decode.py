@@ -10,7 +10,7 @@ import torch
 
 from idlm_sglang.isd.layout import OFF, forks, row_offsets, step_tokens, visible_rows
 from idlm_sglang.isd.step import isd_step
-from idlm_sglang.isd.target import SamplingRows, truncation
+from idlm_sglang.isd.target import SamplingRows, host_flags
 
 
 @dataclass
@@ -51,7 +51,7 @@ def one_row(temperature: float = 0.0, top_k: int = 1 << 30, top_p: float = 1.0, 
         coupled=torch.tensor([coupled]),
         any_sampled=not greedy,
         any_rejection=not greedy and not coupled,
-        **truncation([(1 if greedy else top_k, top_p, min_p)]),
+        **host_flags([(1 if greedy else top_k, top_p, min_p)]),
     )
 
 

@@ -45,11 +45,9 @@ def step_tokens(pending: torch.Tensor, drafts: torch.Tensor, counts: torch.Tenso
         ``(B, 2K + 1)`` int64.
     """
     batch, k = drafts.shape
-    tokens = torch.full((batch, 2 * k + 1), mask_id, dtype=torch.int64, device=drafts.device)
-    tokens[:, 0] = pending
     column = torch.arange(k, device=drafts.device)
-    tokens[:, 1 : k + 1] = torch.where(column < counts[:, None], drafts, mask_id)
-    return tokens
+    masks = drafts.new_full((batch, k), mask_id)
+    return torch.cat([pending[:, None], torch.where(column < counts[:, None], drafts, masks), masks], dim=1)
 
 
 def step_positions(seq_lens: torch.Tensor, width: int) -> torch.Tensor:

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
-from idlm_sglang.isd.verify import take
+from idlm_sglang.isd.target import SamplingRows
+from idlm_sglang.isd.verify import pick, take
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,10 @@ class Proposal:
 def propose(
     scores: torch.Tensor | None,
     chosen: torch.Tensor,
-    greedy: torch.Tensor,
+    rows: SamplingRows,
     run: torch.Tensor,
     forks: torch.Tensor,
     limits: torch.Tensor,
-    keep_q: bool,
     salvage: bool,
 ) -> Proposal:
     """Drafts for the positions behind the token that this step commits last.
@@ -65,10 +65,9 @@ def propose(
     Args:
         scores: ``(B, 2K + 1, V)`` log q of the K + 1 verifying rows and the K MASK rows; None where every request is greedy.
         chosen: ``(B, 2K + 1)`` int64, their draws.
-        greedy: ``(B,)`` bool.
+        rows: sampling parameters; the full distributions are needed for the rejection rule.
         run: ``(B,)`` int64, accepted drafts j; forks: ``(B,)`` int64, f of this step.
         limits: ``(B,)`` integer, the most drafts each request may carry (its own stride minus one).
-        keep_q: whether the full distributions are needed.
         salvage: keep survivors; otherwise a request whose MASK rows saw a rejected draft takes a cold step next.
     """
     k = chosen.shape[1] // 2
@@ -86,7 +85,9 @@ def propose(
     if scores is None:
         log_q = torch.zeros(drafts.shape, device=drafts.device)
     else:
-        log_q = torch.where(greedy[:, None], 0.0, take(scores, chosen).gather(1, index))
-        if keep_q:
-            q = scores.gather(1, index[..., None].expand(-1, -1, scores.shape[-1])).exp()
+        log_q = take(scores, chosen).gather(1, index)
+        if rows.any_greedy:
+            log_q = torch.where(rows.greedy[:, None], 0.0, log_q)
+        if rows.any_rejection:
+            q = pick(scores, index).exp()
     return Proposal(drafts, counts, log_q, q, torch.where(standing, counts, 0))

@@ -7,8 +7,8 @@ import torch
 from idlm_sglang.isd import noise
 from idlm_sglang.isd.layout import mask_rows
 from idlm_sglang.isd.propose import Proposal, propose
-from idlm_sglang.isd.target import SamplingRows, target_scores
-from idlm_sglang.isd.verify import accepted_by_rejection, leading, residual, take, valid_drafts
+from idlm_sglang.isd.target import SamplingRows, choice, target_scores
+from idlm_sglang.isd.verify import accepted_by_rejection, leading, pick, residual, take, valid_drafts
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ def isd_step(
     k = (width - 1) // 2
     counts = counts.to(torch.int64)
     forks = counts if forks is None else forks.to(torch.int64)
-    verifying_rows = torch.arange(k + 1, device=logits.device).expand(batch, -1)
+    column = torch.arange(k + 1, device=logits.device)
+    verifying_rows = column.expand(batch, -1)
     index = torch.cat([verifying_rows, mask_rows(counts, k)], dim=1)
-    greedy = rows.greedy
     if rows.any_sampled:
-        scores = target_scores(logits.gather(1, index[..., None].expand(-1, -1, vocab)), rows)
+        scores = target_scores(pick(logits, index), rows)
         positions = seq_lens.to(torch.int64)[:, None] + torch.cat([verifying_rows, mask_rows(forks, k)], dim=1)
-        g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
-        chosen = torch.where(greedy[:, None], scores.argmax(-1), (scores + g).argmax(-1))
+        chosen = choice(scores, rows, noise.gumbel(rows.seed, positions, vocab))
         verifying = scores[:, : k + 1]
     else:
         # Greedy requests need no more than the argmax, and of that a V-th has to be picked out.
@@ -79,14 +78,12 @@ def isd_step(
 
     match = yielded[:, :k] == drafts
     accepted = match
-    by_rejection = ~(greedy | rows.coupled)
+    by_rejection = ~(rows.greedy | rows.coupled) if rows.any_rejection else None
     if rows.any_rejection and k:
         by_ratio = accepted_by_rejection(verifying[:, :k], q, drafts, rows.seed, positions[:, :k])
         accepted = torch.where(by_rejection[:, None], by_ratio, match)
     valid = valid_drafts(counts, k)
-    accepted = accepted & valid
-    run = leading(accepted)
-    standing = run == counts
+    run = leading(accepted & valid)
 
     at = run[:, None]
     last = yielded.gather(1, at).squeeze(1)
@@ -97,23 +94,22 @@ def isd_step(
         q_row = q.gather(1, row.clamp(max=max(k - 1, 0))).squeeze(1) if k else torch.zeros_like(p_row)
         behind = positions.gather(1, at)
         g = noise.gumbel(rows.seed, behind, vocab, noise.STREAM_FINAL).squeeze(1)
-        drawn = (residual(p_row, q_row, ~standing) + g).argmax(-1)
+        drawn = (residual(p_row, q_row, run != counts) + g).argmax(-1)
         last = torch.where(by_rejection, drawn, last)
 
-    column = torch.arange(k + 1, device=logits.device)
-    padded = torch.cat([drafts, drafts.new_zeros(batch, 1)], dim=1)
-    tokens = torch.where(column < at, padded, last[:, None])
+    tokens = torch.cat([torch.where(column[:k] < at, drafts, last[:, None]), last[:, None]], dim=1)
 
-    tried = valid & (torch.arange(k, device=logits.device) <= at)
     if rows.any_sampled:
         ratio = (take(verifying[:, :k], drafts) - log_q).clamp(max=0).exp()
-        ratio = torch.where(greedy[:, None], match.float(), ratio)
+        if rows.any_greedy:
+            ratio = torch.where(rows.greedy[:, None], match.float(), ratio)
+        # Where penalties and grammar together leave no token, p is not defined; the figure must stay a number.
+        introspection = torch.where(valid & (column[:k] <= at), ratio.nan_to_num(0.0), 0.0).sum(1)
     else:
-        ratio = match.float()
-    # Where penalties and grammar together leave no token, p is not defined; the figure must stay a number.
-    introspection = torch.where(tried, ratio.nan_to_num(0.0), 0.0).sum(1)
+        # 1 for each draft that is accepted, 0 for the one that is not.
+        introspection = run.float()
 
-    proposal = propose(scores, chosen, greedy, run, forks, limits, rows.any_rejection, salvage)
+    proposal = propose(scores, chosen, rows, run, forks, limits, salvage)
     return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)
 
 
@@ -128,11 +124,11 @@ def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.T
     """
     _, k, vocab = logits.shape
     scores = target_scores(logits, rows)
-    chosen = scores.argmax(-1)
     if rows.any_sampled:
         positions = seq_lens.to(torch.int64)[:, None] + torch.arange(k, device=logits.device)
-        g = noise.gumbel(rows.seed, positions, vocab, noise.STREAM_TOKEN)
-        chosen = torch.where(rows.greedy[:, None], chosen, (scores + g).argmax(-1))
+        chosen = choice(scores, rows, noise.gumbel(rows.seed, positions, vocab))
+    else:
+        chosen = scores.argmax(-1)
     log_q = torch.where(rows.greedy[:, None], 0.0, take(scores, chosen))
     counts = limits.to(torch.int64).clamp(max=k)
     return Proposal(chosen, counts, log_q, scores.exp() if rows.any_rejection else None, counts)

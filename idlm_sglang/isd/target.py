@@ -29,6 +29,7 @@ class SamplingRows:
         any_rejection: some sampled request uses the rejection rule.
         largest_top_k: no truncating request has a larger top_k; None where one has none, or it is not known.
         min_p_only: no sampled request uses top-k or top-p. These two save a sort of the vocabulary and change no result.
+        any_greedy: some request may be greedy; False saves passes over the scores and changes no result.
     """
 
     temperature: torch.Tensor
@@ -42,6 +43,7 @@ class SamplingRows:
     any_rejection: bool
     largest_top_k: int | None = None
     min_p_only: bool = False
+    any_greedy: bool = True
 
     @property
     def greedy(self) -> torch.Tensor:
@@ -54,12 +56,14 @@ class SamplingRows:
         return replace(self, **tensors)
 
 
-def truncation(params: Iterable[tuple[int, float, float]]) -> dict:
-    """``any_truncated``, ``largest_top_k`` and ``min_p_only`` of :class:`SamplingRows` from the (top_k, top_p, min_p) of a batch, on the host."""
+def host_flags(params: Iterable[tuple[int, float, float]]) -> dict:
+    """What :class:`SamplingRows` knows on the host but for the two rules, from the (top_k, top_p, min_p) of all requests of a batch."""
+    params = list(params)
     sampled = [one for one in params if one[0] > 1]
     top_ks = [top_k for top_k, top_p, min_p in sampled if top_k < TOP_K_OFF or top_p < 1 or min_p > 0]
     largest = max(top_ks, default=TOP_K_OFF)
     return {
+        "any_greedy": len(sampled) < len(params),
         "any_truncated": bool(top_ks),
         "largest_top_k": largest if largest < TOP_K_OFF else None,
         "min_p_only": all(top_k >= TOP_K_OFF and top_p >= 1 for top_k, top_p, _ in sampled),
@@ -132,4 +136,12 @@ def target_scores(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         # Normalising twice moves last bits: a request that truncates nothing must not notice a batch-mate that does.
         renormalised = torch.log_softmax(scores.masked_fill(~keep, float("-inf")), dim=-1)
         scores = torch.where(truncated[:, None, None], renormalised, scores)
-    return torch.where(rows.greedy[:, None, None], logits, scores)
+    return torch.where(rows.greedy[:, None, None], logits, scores) if rows.any_greedy else scores
+
+
+def choice(scores: torch.Tensor, rows: SamplingRows, g: torch.Tensor) -> torch.Tensor:
+    """The token of each row, ``(B, R)`` int64: the argmax for a greedy request, the Gumbel-max draw with the noise ``g`` ``(B, R, V)`` for
+    others. ``scores`` as of :func:`target_scores`."""
+    if rows.any_greedy:
+        g = torch.where(rows.greedy[:, None, None], 0.0, g)
+    return (scores + g).argmax(-1)

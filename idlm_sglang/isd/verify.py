@@ -28,6 +28,13 @@ def take(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return scores.gather(-1, tokens[..., None]).squeeze(-1)
 
 
+def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``values[b, index[b, i]]``: ``(B, W, V)`` and ``(B, R)`` int64 to ``(B, R, V)``. Whole rows: a gather would look each of the V up."""
+    batch, width, vocab = values.shape
+    flat = index + torch.arange(0, batch * width, width, device=index.device)[:, None]
+    return values.reshape(-1, vocab).index_select(0, flat.view(-1)).view(batch, -1, vocab)
+
+
 def accepted_by_rejection(
     scores: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:

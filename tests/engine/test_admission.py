@@ -104,11 +104,11 @@ def test_batch_rows_say_what_the_step_needs():
     rows = BatchRows(reqs, plans, rejection, 4, VOCAB, "cpu")
     assert rows.limits.tolist() == [3, 3, 3] and rows.drafts == 3
     assert rows.coupled.tolist() == [False, True, False]
-    assert (rows.any_sampled, rows.any_truncated, rows.any_rejection) == (True, True, True)
+    assert (rows.any_sampled, rows.flags["any_truncated"], rows.any_rejection) == (True, True, True)
     greedy = BatchRows(reqs[:1], plans[:1], SETTINGS, 4, VOCAB, "cpu")
-    assert (greedy.any_sampled, greedy.any_truncated, greedy.any_rejection) == (False, False, False)
+    assert (greedy.any_sampled, greedy.flags["any_truncated"], greedy.any_rejection) == (False, False, False)
     seeded = BatchRows(reqs[:2], plans[:2], SETTINGS, 4, VOCAB, "cpu")
-    assert (seeded.any_truncated, seeded.any_rejection) == (False, False)
+    assert (seeded.flags["any_truncated"], seeded.any_rejection) == (False, False)
     unseeded = BatchRows(reqs, [plan_request(r, SETTINGS, 1) for r in reqs], SETTINGS, 4, VOCAB, "cpu")
     assert unseeded.coupled.tolist() == [True] * 3 and not unseeded.any_rejection, "coupled is the rule unless another is set"
 

@@ -73,6 +73,7 @@ def fake_rows(device, rejection):
         any_truncated=True,
         largest_top_k=20,
         min_p_only=False,
+        any_greedy=True,
         any_rejection=rejection,
     )
     return SimpleNamespace(

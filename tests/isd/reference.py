@@ -10,7 +10,7 @@ from scipy import stats
 
 from idlm_sglang.isd import OFF as DROPPED
 from idlm_sglang.isd import SamplingRows, StepOutcome, isd_step, layout, step_tokens
-from idlm_sglang.isd.target import truncation
+from idlm_sglang.isd.target import host_flags
 
 OFF = 1 << 30
 NEG = float("-inf")
@@ -46,7 +46,7 @@ def sampling_rows(params: list[Params], seeds: torch.Tensor) -> SamplingRows:
         coupled=torch.tensor([row.coupled for row in params]),
         any_sampled=bool(sampled),
         any_rejection=any(not row.coupled for row in sampled),
-        **truncation((row.top_k, row.top_p, row.min_p) for row in params),
+        **host_flags((row.top_k, row.top_p, row.min_p) for row in params),
     )
 
 

@@ -244,6 +244,22 @@ def test_the_keys_of_a_cpu_are_those_of_any_device():
     seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 7**20])
     positions = torch.tensor([[0, 1, 2**30]], dtype=torch.int32).expand(6, -1)
     for stream in (noise.STREAM_TOKEN, noise.STREAM_FINAL):
-        here = noise._row_keys(seeds, positions, stream)
-        anywhere = noise._keys(seeds, positions.to(torch.int64), stream, torch.stack)
-        assert all(torch.equal(a, b) for a, b in zip(here, anywhere))
+        here = noise._row_keys_on_host(seeds, positions, stream)
+        anywhere = noise._row_keys(seeds, positions, stream)
+        assert all(torch.equal(torch.from_numpy(a.astype(np.int64)), b) for a, b in zip(here, anywhere))
+
+
+def test_noise_made_ahead_is_the_noise():
+    """Requests that go on, repeat a position, jump, join and leave, and a mixture whose members move differently."""
+    ahead, moves = noise.NoiseAhead(), 0
+    batch = {seed: 100 + seed for seed in range(3)}
+    for step in range(60):
+        if step in (5, 30):
+            batch[step] = step
+        if step in (20, 45):
+            del batch[min(batch)]
+        batch = {seed: p + (1 if step % 13 else (0, 3, 1 + seed)[step % 3]) for seed, p in batch.items()}
+        seeds, positions = torch.tensor(list(batch)), torch.tensor(list(batch.values()), dtype=torch.int32)
+        assert torch.equal(ahead.of(seeds, positions, 40), noise.gumbel(seeds, positions[:, None], 40))
+        moves += ahead._noise.shape[1] > 1
+    assert moves > 30, "most steps find their noise made"

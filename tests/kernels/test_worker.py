@@ -23,7 +23,7 @@ from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.warm import first_drafts
 from idlm_sglang.engine.worker import IsdWorker
 from idlm_sglang.isd import SamplingRows
-from idlm_sglang.isd.target import TOP_K_OFF, truncation
+from idlm_sglang.isd.target import TOP_K_OFF, host_flags
 from tests.engine.test_grammar import xgrammar_object
 from tests.kernels.common import MIXED, parameters, random_logits
 from tests.kernels.conftest import INTERPRETED
@@ -196,7 +196,7 @@ def test_the_sampler_draws_what_a_cold_step_commits(kind, device):
     torch.nn.Module.__init__(sampler)
     sampler._ops = ops
     info = SimpleNamespace(
-        idlm_seeds=rows.seed, idlm_truncation=truncation((p.top_k, p.top_p, p.min_p) for p in params), temperatures=rows.temperature[:, None],
+        idlm_seeds=rows.seed, idlm_flags=host_flags((p.top_k, p.top_p, p.min_p) for p in params), temperatures=rows.temperature[:, None],
         top_ks=rows.top_k, top_ps=rows.top_p, min_ps=rows.min_p, is_all_greedy=False, has_custom_logit_processor=False,
         need_top_k_sampling=True, need_top_p_sampling=True, need_min_p_sampling=True, sampling_mask_batch_indices=None,
     )  # fmt: skip
