@@ -50,7 +50,7 @@ def _mix_unsigned(x: numpy.ndarray, shifted: numpy.ndarray) -> None:
     x ^= shifted
 
 
-def _on_host(tensor: torch.Tensor) -> bool:
+def on_host(tensor: torch.Tensor) -> bool:
     """Whether NumPy can read it: a plain tensor in the host's memory."""
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
 
@@ -97,7 +97,7 @@ def _unit(bits: torch.Tensor) -> torch.Tensor:
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int = STREAM_ACCEPT) -> torch.Tensor:
     """``(B, R)`` float32 uniform on (0, 1), one per row. ``seeds`` ``(B,)`` int64, ``positions`` ``(B, R)`` int."""
-    if _on_host(seeds):
+    if on_host(seeds):
         first, second = _row_keys_on_host(seeds, positions, stream)
         _mix_unsigned(first := first ^ second, numpy.empty_like(first))
         return _unit(torch.from_numpy(first))
@@ -120,7 +120,7 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int, stream: int
         ``(B, R, V)`` float32.
     """
     # u is the exponential's survival value: small u gives large noise, where float32 is finest.
-    if _on_host(seeds):
+    if on_host(seeds):
         # torch's log1p is vectorised on a CPU in float64 alone.
         return _unit(_token_bits(*_row_keys_on_host(seeds, positions, stream), vocab)).neg_().double().log1p_().neg_().float().log_().neg_()
     first, second = (key.to(torch.int32)[..., None] for key in _row_keys(seeds, positions, stream))
@@ -156,7 +156,7 @@ class NoiseAhead:
 
     def of(self, seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
         """:func:`gumbel` of one row per request, ``(B, 1, V)``, not to be changed. ``seeds`` ``(B,)`` int64, ``positions`` ``(B,)`` integer."""
-        if not _on_host(seeds):
+        if not on_host(seeds):
             return gumbel(seeds, positions[:, None], vocab)
         same = seeds.tolist() == self._seeds and vocab == self._noise.shape[2]
         steps = {position - first for position, first in zip(positions.tolist(), self._first)} if same else set()

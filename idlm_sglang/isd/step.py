@@ -7,7 +7,7 @@ import torch
 from idlm_sglang.isd import noise
 from idlm_sglang.isd.layout import mask_rows
 from idlm_sglang.isd.propose import Proposal, propose
-from idlm_sglang.isd.target import SamplingRows, choice, target_scores
+from idlm_sglang.isd.target import SamplingRows, best, choice, target_scores
 from idlm_sglang.isd.verify import accepted_by_rejection, leading, pick, residual, take, valid_drafts
 
 
@@ -73,7 +73,7 @@ def isd_step(
     else:
         # Greedy requests need no more than the argmax, and of that a V-th has to be picked out.
         scores = verifying = None
-        chosen = logits.argmax(-1).gather(1, index)
+        chosen = best(logits).gather(1, index)
     yielded = chosen[:, : k + 1]
 
     match = yielded[:, :k] == drafts
@@ -94,7 +94,7 @@ def isd_step(
         q_row = q.gather(1, row.clamp(max=max(k - 1, 0))).squeeze(1) if k else torch.zeros_like(p_row)
         behind = positions.gather(1, at)
         g = noise.gumbel(rows.seed, behind, vocab, noise.STREAM_FINAL).squeeze(1)
-        drawn = (residual(p_row, q_row, run != counts) + g).argmax(-1)
+        drawn = best(residual(p_row, q_row, run != counts) + g)
         last = torch.where(by_rejection, drawn, last)
 
     tokens = torch.cat([torch.where(column[:k] < at, drafts, last[:, None]), last[:, None]], dim=1)
@@ -128,7 +128,7 @@ def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.T
         positions = seq_lens.to(torch.int64)[:, None] + torch.arange(k, device=logits.device)
         chosen = choice(scores, rows, noise.gumbel(rows.seed, positions, vocab))
     else:
-        chosen = scores.argmax(-1)
+        chosen = best(scores)
     log_q = torch.where(rows.greedy[:, None], 0.0, take(scores, chosen))
     counts = limits.to(torch.int64).clamp(max=k)
     return Proposal(chosen, counts, log_q, scores.exp() if rows.any_rejection else None, counts)

@@ -5,7 +5,10 @@ row never depends on the batch."""
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
+
+from idlm_sglang.isd import noise
 
 # A top_k from here on is none at all.
 TOP_K_OFF = 1 << 30
@@ -102,7 +105,7 @@ def support(
     """
     if min_p_only:
         keep = probs >= probs.amax(-1, keepdim=True) * min_p[:, None, None]
-        return keep.scatter_(-1, probs.argmax(-1, keepdim=True), True)
+        return keep.scatter_(-1, best(probs)[..., None], True)
     vocab = probs.shape[-1]
     ordered, index = _ordered(probs, vocab if largest_top_k is None else min(largest_top_k, vocab))
     # float64: a float32 scan rounds by its shape on CUDA, and the edge of the nucleus would move with the batch.
@@ -144,4 +147,10 @@ def choice(scores: torch.Tensor, rows: SamplingRows, g: torch.Tensor) -> torch.T
     others. ``scores`` as of :func:`target_scores`."""
     if rows.any_greedy:
         g = torch.where(rows.greedy[:, None, None], 0.0, g)
-    return (scores + g).argmax(-1)
+    return best(scores + g)
+
+
+def best(scores: torch.Tensor) -> torch.Tensor:
+    """The argmax of each row, ``(..,)`` int64 of ``(.., V)`` float32; of equal values the first."""
+    # On a host torch's own goes number by number.
+    return torch.from_numpy(numpy.asarray(scores.numpy().argmax(-1))) if noise.on_host(scores) else scores.argmax(-1)
