@@ -52,7 +52,7 @@ from idlm_sglang.compat.reserve import allocate_in_use, chunk_that_fits, need_in
 from idlm_sglang.compat.start import (
     model_class_on_demand,
     packed_anew,
-    page_table_in_torch,
+    page_table_on_host,
     refuse_before_resolution,
     room_for_strides,
     serve_as_idlm,
@@ -158,7 +158,7 @@ CPU_PATCHES = (
     Patch(
         _SRT + "mem_cache.allocation.assign_req_to_token_pool_func",
         "REPLACE",
-        page_table_in_torch,
+        page_table_on_host,
         ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
     ),
     Patch(_SRT + "model_executor.forward_batch_info.ForwardMode.is_cpu_graph", "AFTER", verify_runs_by_call),

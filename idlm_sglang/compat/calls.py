@@ -46,7 +46,11 @@ def parse_to_the_end(original: Callable, parser) -> tuple[str, list]:
         return (detector.prev_tool_call_arr[detector.current_tool_id :] or [{}])[0].get("arguments")
 
     if detector.bot_token in held:
+        known = list(detector.prev_tool_call_arr)
         whole = arguments(len(held))
+        if len(detector.prev_tool_call_arr) < len(known):
+            # What is held is no JSON: what was understood before stays, SGLang sends the rest of it.
+            detector._buffer, detector.prev_tool_call_arr[:] = held, known
         if detector._buffer == held and whole:
             # Cut off: back to where they were others, and on from there.
             before = next((n for n in range(len(held) - 1, max(0, len(held) - _BACK), -1) if arguments(n) != whole), 0)

@@ -13,6 +13,7 @@ from idlm_sglang.config import SettingError
 
 FIGURES = ("latency", "last_ttft", "input_len", "total_output_tokens", "output_throughput", "steady_state_output_throughput", "steady_state_window_s")
 _GENERATE = "/generate"
+_STOPS = ("stop", "stop_token_ids", "stop_regex", "regex", "ebnf", "json_schema")
 _CHAT_DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 
 
@@ -60,7 +61,7 @@ def serve_batch(url: str, tokenizer: Any, prompts: Sequence[str], sampling: Sequ
     file.write_text("".join(json.dumps({"conversations": [{"content": text}] * 2}) + "\n" for text in prompts))
     call = {
         **{"url": url, "batch_size": len(prompts), "input_len": 0, "output_len": max(own["max_new_tokens"] or 0 for own in sampling)},
-        **{"temperature": sampling[0]["temperature"], "ignore_eos": all(own["ignore_eos"] for own in sampling), "return_logprob": False},
+        **{"temperature": sampling[0]["temperature"], "ignore_eos": all(map(_to_its_length, sampling)), "return_logprob": False},
         **{"stream_interval": 1, "input_len_step_percentage": 0.0, "run_name": "", "result_filename": "", "tokenizer": tokenizer},
         **{"dataset_name": "custom", "dataset_path": str(file)},
     }
@@ -88,6 +89,11 @@ def serve_batch(url: str, tokenizer: Any, prompts: Sequence[str], sampling: Sequ
     if ends.total() != len(prompts):
         raise RuntimeError(f"{ends.total()} of {len(prompts)} answers came to their end")
     return {name: getattr(result, name) for name in FIGURES}, ends
+
+
+def _to_its_length(sampling: dict[str, Any]) -> bool:
+    """The module takes any other end than the longest length for an error then."""
+    return sampling["ignore_eos"] and not any(sampling.get(name) for name in _STOPS)
 
 
 def _guard(module: Any, call: dict[str, Any]) -> None:

@@ -100,8 +100,8 @@ def without_secrets(result: dict, *_, **__) -> dict:
     return {**result, **{name: "***" for name in _SECRETS if result.get(name)}}
 
 
-def page_table_in_torch(*args, **kwargs) -> None:
-    """What: ``assign_req_to_token_pool_func`` is torch indexing on the CPU platform.
+def page_table_on_host(*args, **kwargs) -> None:
+    """What: ``assign_req_to_token_pool_func`` is NumPy slices on the CPU platform.
     Why: off SGLang's own CPU engine it launches a Triton kernel, on every speculative decode step.
     Guard: the function still takes the parameters that the replacement was written for.
     Goes when: SGLang consults ``capabilities.supports_triton`` there, as its paged allocator does.

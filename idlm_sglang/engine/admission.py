@@ -117,7 +117,7 @@ def unreadable_processor(req) -> tuple[str, str] | None:
 
     try:
         CustomLogitProcessor.from_str(req.custom_logit_processor)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return "custom_logit_processor", f"custom_logit_processor cannot be read: {type(error).__name__}: {error}"
     return None
 

@@ -30,14 +30,8 @@ class Trace:
     told: int = 0
 
     def add(self, start: int, tokens: int, kind: str, drafts: int, accepted: int) -> None:
-        """A decode forward whose first token is the answer's number ``start``, from 0. Tokens that are there already are left out: an
-        answer to embeddings begins again behind a retraction."""
+        """A decode forward whose first token is the answer's number ``start``, from 0."""
         self._prefills(start)
-        again = min(tokens, self.tokens - start)
-        if again:
-            tokens, accepted = tokens - again, max(0, accepted - again)
-            if not tokens:
-                return
         self.forwards.append([tokens, kind, drafts, accepted])
         self.tokens += tokens
 

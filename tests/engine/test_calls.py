@@ -46,6 +46,19 @@ def cut(rng: random.Random, answer: str, longest: int) -> list[str]:
     return chunks
 
 
+@pytest.mark.parametrize("wrong", ['{"name": "add", "arguments": {"a": 1}\n</tool_call>', '{"name": "add", "arguments": {"a": 12, b'])
+def test_of_a_call_that_is_no_json_what_was_understood_stays(wrong):
+    """SGLang's chat endpoint sends the end of the arguments from there."""
+    known = []
+    for kind in (FunctionCallParser, Hooked):
+        parser = kind(TOOLS, "qwen25")
+        for letter in "<tool_call>\n" + wrong:
+            parser.parse_stream_chunk(letter)
+        parser.parse_stream_end()
+        known.append(parser.detector.prev_tool_call_arr)
+    assert known[0] == known[1] and known[0][0]["arguments"]["a"] in (1, 12)
+
+
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_calls_and_text_are_those_of_the_answer_letter_by_letter(cut_off):
     rng, stock = random.Random(3), 0

@@ -70,7 +70,7 @@ def test_a_failing_plugin_is_a_refusal_and_never_a_silent_ar_server():
 
 
 def test_a_replaced_function_that_changed_is_an_error(monkeypatch):
-    wrong = compat.Patch("sglang.srt.layers.sampler.create_sampler", "REPLACE", compat.page_table_in_torch, ("backend", "more"))
+    wrong = compat.Patch("sglang.srt.layers.sampler.create_sampler", "REPLACE", compat.page_table_on_host, ("backend", "more"))
     monkeypatch.setattr(compat, "patches", lambda: (wrong,))
     with pytest.raises(SettingError, match="create_sampler takes .*backend.*; allowed: .*more"):
         compat.register_patches()

@@ -26,25 +26,6 @@ def test_a_trace_covers_every_token_whatever_brought_it():
         assert trace.new(length) == []
 
 
-def test_an_answer_that_begins_again_is_traced_once():
-    """A retracted request with embeddings: its tokens are made anew, at other places of other forwards."""
-    rng = random.Random(4)
-    for _ in range(200):
-        trace, told, longest = Trace(), [], 1
-        for _ in range(3):
-            length = 1
-            for _ in range(rng.randrange(8)):
-                tokens = rng.randrange(0, 5)
-                trace.add(length, tokens, "verify", 4, tokens)
-                length += tokens
-                if length > longest and rng.random() < 0.5:
-                    told += trace.new(length)
-                longest = max(longest, length)
-        told += trace.new(longest)
-        assert sum(tokens for tokens, *_ in told) == longest
-        assert all(0 <= accepted <= tokens for tokens, _, _, accepted in told)
-
-
 def test_the_http_process_puts_the_pieces_together():
     class State:
         pass
