@@ -51,9 +51,8 @@ def count_decode(original: Callable, processor, batch, result) -> Any:
     Goes when: SGLang passes committed tokens per request to ``BaseSpecWorker``.
     """
     global _counting
-    from idlm_sglang.engine.spec_io import IsdResult
-
-    metrics = getattr(processor.draft_worker, "metrics", None) if isinstance(result, IsdResult) else None
+    # An IsdResult alone has stats, of rounds or none.
+    metrics = getattr(processor.draft_worker, "metrics", None) if hasattr(result, "round_stats") else None
     if metrics is None:
         return original(processor, batch, result)
     metrics.begin(batch, result)

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cache
+from operator import itemgetter
 
 from idlm_sglang.compat.running import is_isd
 
 
 def isolated_at_once(original: Callable, scheduler, batch, *, overlap: bool):
-    """What: ``Scheduler._forward_isolation`` reads and restores the fields of a batch in one operation each.
+    """What: ``Scheduler._forward_isolation`` reads and restores the fields of a batch in one operation each, and copies its ``SamplingBatchInfo`` likewise.
     Why: SGLang goes through some hundred fields one by one, for speculative algorithms alone: 1.5 % of a step of the embedded
     checkpoint at stride 1, which is to cost what AR costs.
     Guard: the hook applied; a test changes every field under SGLang's own and under this one.
@@ -18,8 +19,19 @@ def isolated_at_once(original: Callable, scheduler, batch, *, overlap: bool):
 
 
 @cache
-def _fields(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+def _fields(kind: type) -> tuple[tuple[str, ...], itemgetter]:
+    """The names of a dataclass's fields, and what reads them all from an instance's ``vars``."""
+    names = tuple(field.name for field in dataclasses.fields(kind))
+    return names, itemgetter(*names)
+
+
+def _for_forward(info):
+    """``info.copy_for_forward()``, without the constructor."""
+    info.update_penalties()
+    names, values = _fields(type(info))
+    copied = object.__new__(type(info))
+    vars(copied).update(zip(names, values(vars(info))), penalizer_orchestrator=None)
+    return copied
 
 
 class _Isolation:
@@ -27,12 +39,13 @@ class _Isolation:
         self._scheduler, self._batch, self._overlap = scheduler, batch, overlap
 
     def __enter__(self) -> None:
-        batch, values = self._batch, vars(self._batch)
-        self._before = {name: values[name] for name in _fields(type(batch))}
+        batch = self._batch
+        self._names, values = _fields(type(batch))
+        self._before = values(vars(batch))
         if batch.sampling_info is not None:
-            batch.sampling_info = batch.sampling_info.copy_for_forward()
+            batch.sampling_info = _for_forward(batch.sampling_info)
         if self._overlap:
             self._scheduler.record_batch_in_overlap(batch)
 
     def __exit__(self, *_) -> None:
-        vars(self._batch).update(self._before)
+        vars(self._batch).update(zip(self._names, self._before))

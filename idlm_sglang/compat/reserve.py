@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 from idlm_sglang.compat.running import is_isd
+from idlm_sglang.engine.reserve import columns
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +15,6 @@ _chunk_held = False
 def _reserving(reqs, overlap: bool, call: Callable, *args):
     """``call(*args)`` under the reserve that a decode step of ``reqs`` needs."""
     global _columns
-    from idlm_sglang.engine.reserve import columns
-
     _columns = columns(reqs, overlap) if is_isd() else None
     try:
         return call(*args)

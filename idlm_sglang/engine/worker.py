@@ -44,6 +44,12 @@ _LOGITS = 2 << 30
 _KEPT_ROWS = 2
 
 
+def _follows_server(req) -> bool:
+    """Whether an admitted request has no stride of its own."""
+    plan = getattr(req, "idlm_plan", None)
+    return plan is not None and plan.stride is None
+
+
 class IsdWorker(BaseSpecWorker):
     """Drafts and verifies with the target model itself.
 
@@ -169,7 +175,9 @@ class IsdWorker(BaseSpecWorker):
         Its own 2N - 1 rows; with the overlap schedule the step before it, whose result is not known yet, may commit up to
         its stride. At stride 1 that is what SGLang allocates for AR.
         """
-        drafts = max((stride_limit(plan_of(req, self.settings, self.server_seed), self.settings, self.stride) for req in reqs), default=0)
+        drafts = 0
+        if self.stride > 1 or not all(map(_follows_server, reqs)):
+            drafts = max((stride_limit(plan_of(req, self.settings, self.server_seed), self.settings, self.stride) for req in reqs), default=0)
         return 2 * drafts + 1 + (self._in_flight if overlap else 0)
 
     # A decode step in a prefill's forward (engine.beside), asked for by compat.beside.
