@@ -42,10 +42,15 @@ def allocate_in_use(original: Callable, batch) -> None:
 
 def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
     """What: ``ScheduleBatch._new_tokens_required_next_decode_spec_v2`` estimates under that reserve.
-    Why: with the hook above; a need estimated too low would end the server at the allocation.
-    Guard: with the hook above.
+    Why: with the hook above; a need estimated too low would end the server at the allocation. Pages of one token need no rounding,
+    which takes most of SGLang's time here, in every step.
+    Guard: with the hook above; a test compares both sums.
     Goes when: with the hook above.
     """
+    if page_size == 1 and is_isd():
+        ahead = columns(requests, batch.enable_overlap)
+        if ahead is not None:
+            return sum(max(req.kv.kv_committed_len + ahead - req.kv.kv_allocated_len, 0) for req in requests)
     return _reserving(requests, batch.enable_overlap, original, batch, requests, page_size)
 
 

@@ -1,9 +1,12 @@
 """The controller's engine side: what a step is timed by, and the KV columns that the stride in use needs."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 
+from idlm_sglang.compat import reserve as compat_reserve
 from idlm_sglang.config import Settings
 from idlm_sglang.engine.calibrate import batch_sizes
 from idlm_sglang.engine.clock import StepClock
@@ -78,6 +81,29 @@ def test_kv_is_reserved_for_the_stride_in_use(overlap):
     # Never more than SGLang reserves for the largest stride.
     worker.stride = 8
     assert worker.columns_ahead([a_request()], overlap) <= 2 * worker.settings.max_width
+
+
+def test_a_stride_of_its_own_is_reserved_for_beside_stride_1():
+    worker = IsdWorker.__new__(IsdWorker)
+    worker.settings, worker.server_seed, worker.stride, worker._in_flight = Settings(stride=1, max_stride=8, auto=False), 0, 1, 1
+    assert worker.columns_ahead([a_request(), a_request(stride=4)], False) == 7
+    assert worker.columns_ahead([a_request(SINGLE, stride=4)], False) == 1
+
+
+def test_the_need_of_the_next_step_is_sglangs_sum(monkeypatch):
+    """Pages of one token are summed without SGLang's rounding."""
+    original = vars(ScheduleBatch)["_new_tokens_required_next_decode_spec_v2"]
+    original = getattr(original, "__wrapped__", original)
+    rng = random.Random(1)
+    for page_size in (1, 16):
+        for ahead in (1, 7, 15):
+            kv = [SimpleNamespace(kv_committed_len=rng.randrange(50), kv_allocated_len=rng.randrange(70)) for _ in range(9)]
+            requests = [SimpleNamespace(kv=part) for part in kv]
+            monkeypatch.setattr(compat_reserve, "is_isd", lambda: True)
+            monkeypatch.setattr(compat_reserve, "columns", lambda reqs, overlap: ahead)
+            monkeypatch.setattr("sglang.srt.managers.schedule_batch.get_alloc_reserve_per_decode", lambda: ahead)
+            batch = SimpleNamespace(enable_overlap=False)
+            assert compat_reserve.need_in_use(original, batch, requests, page_size) == original(batch, requests, page_size)
 
 
 def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept():
