@@ -24,6 +24,7 @@ from idlm_sglang.demo.split import VALUES, WORDING
 from idlm_sglang.isd import BRANCH, CHAIN, OFF, noise, row_offsets, visible_rows
 
 MAX_NEW_TOKENS = 200
+POLICIES = tuple(policy + start for start in ("", "+warm") for policy in (OFF, BRANCH, CHAIN))
 
 
 @dataclass
@@ -93,12 +94,19 @@ class Decoder:
         return logits
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts, salvage: str = OFF) -> list[int]:
-        """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy; salvage as in isd.layout."""
-        cache = DynamicCache()
-        output = [self._choose(self.forward(cache, prompt)[-1], temperature, len(prompt) - 1)]
-        drafts: list[int] = []
-        q, clean = None, 0
+    def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts, policy: str = OFF) -> list[int]:
+        """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy.
+
+        policy: what a rejection leaves, as in isd.layout; with `+warm` behind it the prompt's forward draws the first drafts.
+        """
+        salvage, _, warm = policy.partition("+")
+        cache, masks = DynamicCache(), stride - 1 if warm else 0
+        logits = self.forward(cache, [*prompt, *[self.mask] * masks], masks=masks)[len(prompt) - 1 :]
+        cache.crop(-masks)
+        output = [self._choose(logits[0], temperature, len(prompt) - 1)]
+        q = (logits[1:] / (temperature or 1.0)).softmax(-1)
+        drafts = [self._choose(row, temperature, len(prompt) + i) for i, row in enumerate(logits[1:])]
+        clean = len(drafts)
         while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
             kept = cache.get_seq_length() + 1
             fork = clean if salvage == BRANCH else len(drafts)
@@ -209,7 +217,7 @@ def main() -> None:
     parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
     parser.add_argument("--strides", default="2,3,4,8")
     parser.add_argument("--ended", action="store_true", help="leave out prompts whose greedy answer does not end (for the speed)")
-    parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {OFF}, {BRANCH}, {CHAIN})")
+    parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {', '.join(POLICIES)}; +warm: first drafts from the prompt's forward)")
     parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
     parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
     parser.add_argument("--seed", type=int, default=1)
@@ -218,8 +226,8 @@ def main() -> None:
     if unknown:
         parser.error(f"--families {','.join(sorted(unknown))}: known are {', '.join(f.name for f in FAMILIES)}")
     policies = args.salvage.split(",")
-    if not set(policies) <= {OFF, BRANCH, CHAIN}:
-        parser.error(f"--salvage {args.salvage}: known are {OFF}, {BRANCH}, {CHAIN}")
+    if not set(policies) <= set(POLICIES):
+        parser.error(f"--salvage {args.salvage}: known are {', '.join(POLICIES)}")
     if bool(args.base) != bool(args.adapter):
         parser.error("--base and --adapter belong together: give both")
     directory = args.base or args.directory

@@ -62,7 +62,6 @@ class TokenKeyedSampler(Sampler):
 
     @staticmethod
     def _rows_of(info, seeds) -> SamplingRows:
-        cut = {"any_truncated": info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling}
         return SamplingRows(
             temperature=info.temperatures.view(-1),
             top_k=info.top_ks,
@@ -72,7 +71,7 @@ class TokenKeyedSampler(Sampler):
             coupled=torch.ones_like(info.top_ks, dtype=torch.bool),
             any_sampled=True,
             any_rejection=False,
-            **getattr(info, "idlm_flags", cut),
+            **info.idlm_flags,
         )
 
     def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):

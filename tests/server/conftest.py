@@ -27,9 +27,13 @@ def _asked_for(item) -> set[str]:
     return names | {server for answers, server in (("overlapped", "isd"), ("synchronous", "isd_sync")) if answers in names}
 
 
+def _starts_its_own(item) -> bool:
+    return item.path.name in _OWN and item.path.is_relative_to(Path(__file__).parent)
+
+
 def pytest_collection_modifyitems(items):
     """Tests that start servers of their own come behind those of the shared ones, most of which have ended by then: all at a time are more than 24 GB hold."""
-    items.sort(key=lambda item: (not _LATE.isdisjoint(_asked_for(item)), item.path.name in _OWN))
+    items.sort(key=lambda item: (not _LATE.isdisjoint(_asked_for(item)), _starts_its_own(item)))
 
 
 def pytest_collection_finish(session):
@@ -44,7 +48,7 @@ def pytest_collection_finish(session):
 
 def pytest_runtest_setup(item):
     """The last shared servers start beside the tests that start servers of their own."""
-    if item.path.name in _OWN and not _LATE & set(item.config.stash.get(_EARLY, _LATE)):
+    if _starts_its_own(item) and not _LATE & set(item.config.stash.get(_EARLY, _LATE)):
         _start_early(item.config, _LATE)
 
 
