@@ -20,8 +20,8 @@ GPU_BACKENDS = ("triton", "flashinfer")
 DEFAULT_GPU_BACKEND = "triton"
 # FlashInfer plans a captured verify on the host, from lengths that would have to include the step's rows.
 GRAPH_BACKEND = "triton"
-# The one whose verify forward takes `IsdVerifyInput.new_visible`.
-MASKING_BACKEND = "torch_native"
+# The ones whose verify forward hides columns; unasked only the first, with which it has been measured.
+MASKING_BACKENDS = ("torch_native", "triton")
 
 # Server arguments that ISD does not serve: field, whether a value is refused, the flag as typed, what is allowed.
 _REFUSED = (
@@ -97,11 +97,11 @@ def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:
         return OFF if salvage == AUTO else salvage
     backend = next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
     if salvage == AUTO:
-        return BRANCH if backend == MASKING_BACKEND else OFF
-    if salvage == BRANCH and backend != MASKING_BACKEND:
+        return BRANCH if backend == MASKING_BACKENDS[0] else OFF
+    if salvage == BRANCH and backend not in MASKING_BACKENDS:
         raise SettingError(
             f"IDLM_SALVAGE={salvage} cannot be served with --attention-backend {backend}, whose verify forward hides no columns; "
-            f"allowed: auto, chain, off, or {MASKING_BACKEND} on a CPU"
+            f"allowed: auto, chain, off, or {' or '.join(MASKING_BACKENDS)}"
         )
     return salvage
 

@@ -15,6 +15,7 @@ from idlm_sglang.engine.single import SingleStep
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.engine.warm import first_drafts, is_plain, with_masks
+from idlm_sglang.isd import CHAIN
 
 
 def takes_decode(batch) -> bool:
@@ -55,7 +56,9 @@ def with_step(batch, step: StridedStep | SingleStep, lengths: torch.Tensor, leng
 
 def _step(worker, batch) -> StridedStep | SingleStep:
     rows = worker.rows_of(batch)
-    return StridedStep(worker, batch, rows, worker.settings.salvage) if rows.drafts else SingleStep(worker, batch, rows)
+    # SGLang's Triton attention takes a mask in a verify forward only: survivors are a chain here.
+    salvage = worker.settings.salvage if worker.masks is None else CHAIN
+    return StridedStep(worker, batch, rows, salvage) if rows.drafts else SingleStep(worker, batch, rows)
 
 
 @contextmanager

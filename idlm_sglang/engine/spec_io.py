@@ -53,6 +53,7 @@ class IsdVerifyInput(DFlashVerifyInput):
 
     Attributes:
         new_visible: ``(B, W, W)`` bool, or None; False hides a new column from a new row, on top of causality. Read by backends that can.
+        custom_mask: the same for SGLang's Triton attention (``engine.masks``), or None.
     """
 
     new_visible: torch.Tensor | None = None

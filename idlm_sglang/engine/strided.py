@@ -9,6 +9,7 @@ from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from idlm_sglang.engine.grammar import GrammarStep
+from idlm_sglang.engine.masks import columns_of
 from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
 from idlm_sglang.isd import BRANCH, OFF, row_offsets, step_positions, step_tokens, visible_rows
@@ -57,7 +58,10 @@ class StridedStep:
         """The step's own TARGET_VERIFY forward: SGLang's result and the logits ``(B, W, V)`` float32."""
         worker, batch = self._worker, self._batch
         batch.out_cache_loc = self.places.view(-1)
-        verify = IsdVerifyInput(self.tokens.view(-1), self.positions.view(-1), self.width, new_visible=self.visible)
+        mask = None
+        if self.visible is not None and worker.masks is not None:
+            mask = worker.masks.write(self.visible, batch.seq_lens, columns_of(batch.reqs))
+        verify = IsdVerifyInput(self.tokens.view(-1), self.positions.view(-1), self.width, custom_mask=mask, new_visible=self.visible)
         forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
         with self.gate():
             out = worker.phases.forward(worker.target_worker.forward_batch_generation, batch=None, forward_batch=forward_batch, is_verify=True)

@@ -12,7 +12,7 @@ from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
 from idlm_sglang.config import AUTO, MAX_STRIDE, REJECTION, SettingError, handed_down
-from idlm_sglang.engine import graphs, lora, reserve
+from idlm_sglang.engine import graphs, lora, masks, reserve
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.beside import can_join, prefill
 from idlm_sglang.engine.calibrate import measure
@@ -81,6 +81,7 @@ class IsdWorker(BaseSpecWorker):
             raise SettingError(f"the model was loaded as {type(self.model_runner.model).__name__}; allowed: {ARCHITECTURE}")
         self.gate = lora.attach(self.model_runner.model, self.settings.lora, self.model_runner.model_config.hf_config, self.model_runner.dtype, self.device)
         self.model_runner.idlm_gate = self.gate
+        self.masks = self.model_runner.idlm_masks = masks.BranchMask(self.device) if self.settings.salvage == BRANCH else None
         self.vocab = self.model_runner.model_config.vocab_size
         self._most_rows = _LOGITS // (4 * self.vocab)
         self.last_position = self.model_runner.model_config.context_len - 1
@@ -128,9 +129,8 @@ class IsdWorker(BaseSpecWorker):
         )
 
     def init_cuda_graphs(self):
-        backend = self.model_runner.attn_backend
-        if self.settings.salvage == BRANCH and not getattr(backend, "hides_new_columns", False):
-            raise SettingError(f"IDLM_SALVAGE={BRANCH} cannot be served with the attention of {type(backend).__name__}; allowed: chain, off")
+        if self.masks is not None and not masks.check(self.model_runner.attn_backend):
+            self.masks = None
         graphs.ready(self.model_runner, self.settings)
         self.gate.keep_eager(getattr(self.model_runner, "prefill_cuda_graph_runner", None))
 

@@ -1,0 +1,80 @@
+"""Branch rounds on SGLang's Triton attention: hidden columns as the custom mask of a TARGET_VERIFY forward.
+
+For row i of request b and new column j the kernel reads the byte at
+
+    start_b + i * (L_b + W) + L_b + j,        start_b = W * sum over a < b of (L_a + W),
+
+L being the committed columns and W the step's rows: a mask over the whole text, of which it skips the prefix. So the W x W corner of each
+request is all that is written, into a buffer that is kept; what lies between is never read. The lengths stay on the device, and may be ahead of
+what the host knows. The buffer is sized by the columns that have KV slots, which the host does know and no step goes beyond.
+"""
+
+import torch
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+from idlm_sglang.config import SettingError
+
+# A buffer that is too small is replaced by one with so much more room.
+_GROWTH = 1.25
+
+
+def check(backend) -> bool:
+    """Whether branch rounds need a mask: not where the attention reads ``IsdVerifyInput.new_visible``.
+
+    Raises:
+        SettingError: the attention backend can hide no columns.
+    """
+    if getattr(backend, "hides_new_columns", False):
+        return False
+    # The verify kernels for AMD's gfx95 read no mask.
+    chains_only = getattr(backend, "use_verify_splitkv", False) or getattr(backend, "use_verify_shared_kv", False)
+    if not isinstance(backend, TritonAttnBackend) or chains_only:
+        raise SettingError(f"IDLM_SALVAGE=branch cannot be served with the attention of {type(backend).__name__}; allowed: chain, off")
+    return True
+
+
+def columns_of(reqs) -> int:
+    """KV columns that a step of ``reqs`` has at most, its own rows included: those with slots."""
+    return sum(req.kv.kv_allocated_len for req in reqs)
+
+
+class BranchMask:
+    """The masks of one step after the other, in one buffer.
+
+    Attributes:
+        captured: the part of it that graphs read, or None.
+    """
+
+    def __init__(self, device):
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self.captured: torch.Tensor | None = None
+
+    def reserve(self, size: int) -> torch.Tensor:
+        """A buffer of at least ``size`` bytes whose address does not change any more: for graphs."""
+        if self.captured is None or len(self.captured) < size:
+            self.captured = torch.empty(size, dtype=torch.uint8, device=self._buffer.device)
+        return self.captured
+
+    def write(self, visible: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
+        """The mask of a step: ``(bytes,)`` uint8, 1 where a row sees a column.
+
+        Args:
+            visible: ``(B, W, W)`` bool, the step's columns that its rows see on top of causality.
+            lengths: ``(B,)`` integer, L.
+            columns: on the host, at least the sum of L + W.
+        """
+        width = visible.shape[1]
+        buffer = self._of(width * columns)
+        lengths = lengths.to(torch.int64)
+        rows = lengths + width
+        start = width * (rows.cumsum(0) - rows) + lengths
+        new = torch.arange(width, device=lengths.device)
+        index = start[:, None, None] + new[:, None] * rows[:, None, None] + new
+        return buffer.scatter_(0, index.view(-1), visible.tril().to(torch.uint8).view(-1))
+
+    def _of(self, size: int) -> torch.Tensor:
+        if self.captured is not None and size <= len(self.captured):
+            return self.captured
+        if len(self._buffer) < size:
+            self._buffer = self._buffer.new_empty(int(size * _GROWTH))
+        return self._buffer
