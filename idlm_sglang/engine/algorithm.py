@@ -91,13 +91,14 @@ def choose_backend(server_args) -> None:
 
 def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:
     """What a rejection leaves, for the attention backend in use; :class:`SettingError` for a branch where it cannot hide columns."""
-    if graphs == ON and salvage == BRANCH:
-        raise SettingError(f"IDLM_SALVAGE={salvage} cannot be served with IDLM_DECODE_GRAPHS=on, whose forwards hide no columns; allowed: auto, chain, off")
-    if graphs == ON:
-        return OFF if salvage == AUTO else salvage
     backend = next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
     if salvage == AUTO:
-        return BRANCH if backend == MASKING_BACKENDS[0] else OFF
+        return BRANCH if backend == MASKING_BACKENDS[0] and graphs == OFF else OFF
+    if graphs == ON and salvage == BRANCH and backend != GRAPH_BACKEND:
+        raise SettingError(
+            f"IDLM_SALVAGE={salvage} cannot be served with IDLM_DECODE_GRAPHS=on and --attention-backend {backend}, whose captured forwards hide no columns; "
+            f"allowed: auto, chain, off, or {GRAPH_BACKEND}"
+        )
     if salvage == BRANCH and backend not in MASKING_BACKENDS:
         raise SettingError(
             f"IDLM_SALVAGE={salvage} cannot be served with --attention-backend {backend}, whose verify forward hides no columns; "

@@ -51,5 +51,21 @@ def sizes_of(model_runner, stride: int) -> list[int]:
 
 def rows_of_logits(model_runner) -> int:
     """Rows of the largest forward to be captured."""
-    largest = [(max(sizes_of(model_runner, stride), default=0), 2 * stride - 1) for stride in captured_strides(handed_down())]
-    return max(size * width for size, width in largest)
+    return max(size * width for size, width in _largest(model_runner))
+
+
+def mask_bytes(model_runner) -> tuple[int, int]:
+    """Bytes of the masks of captured branch rounds, and of what is read for padding requests behind them.
+
+    For as many columns as the KV pool has: only requests that share prefixes have more together, and their step runs eagerly then.
+    """
+    columns = model_runner.req_to_token_pool.req_to_token.shape[1]
+    found = _largest(model_runner)
+    sizes = [width * min(size * columns, model_runner.max_total_num_tokens) for size, width in found]
+    # A padding request has one committed column.
+    return max(sizes), max(size * width * (1 + width) for size, width in found)
+
+
+def _largest(model_runner) -> list[tuple[int, int]]:
+    """Of each stride to be captured, the largest batch size and the rows per request."""
+    return [(max(sizes_of(model_runner, stride), default=0), 2 * stride - 1) for stride in captured_strides(handed_down())]

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from sglang.srt.layers.attention.verify_mask import TreeMaskMode, VerifyMask
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
@@ -22,8 +23,9 @@ from sglang.srt.runtime_context import get_exec, get_parallel
 
 from idlm_sglang.config import ON, Settings, SettingError, handed_down
 from idlm_sglang.engine.controller import agreed
-from idlm_sglang.engine.graph_sizes import MOST_ROWS, captured_strides, rows_of_logits, sizes_of
+from idlm_sglang.engine.graph_sizes import MOST_ROWS, captured_strides, mask_bytes, rows_of_logits, sizes_of
 from idlm_sglang.engine.lora import Gate
+from idlm_sglang.engine.masks import BranchMask
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class StrideGraphs(DecodeCudaGraphRunner):
         self.stride, self._drafts = stride, stride - 1
         self._gate: Gate = getattr(model_runner, "idlm_gate", None) or Gate()
         self._padding = self._gate.padding(max(sizes), self._drafts, model_runner.device)
+        self._masks: BranchMask | None = getattr(model_runner, "idlm_masks", None)
         with _asking_for(sizes):
             super().__init__(model_runner, attn_backend=attention, speculative_num_steps=self._drafts, speculative_num_draft_tokens=2 * stride - 1)
 
@@ -59,7 +62,7 @@ class StrideGraphs(DecodeCudaGraphRunner):
     def get_spec_info(self, num_tokens: int) -> IsdVerifyInput | None:
         if self.stride == 1:
             return None
-        return IsdVerifyInput(draft_token=None, positions=None, draft_token_num=self.captured_req_width)
+        return IsdVerifyInput(draft_token=None, positions=None, draft_token_num=self.captured_req_width, custom_mask=self._in_place())
 
     def capture_one_shape(self, size: int, forward, *args, **kwargs) -> None:
         rows = size * self._drafts
@@ -78,12 +81,23 @@ class StrideGraphs(DecodeCudaGraphRunner):
             return False
         if forward_batch.capture_hidden_mode > self.capture_hidden_mode:
             return False
-        if self.stride > 1 and (spec_info.num_tokens_per_req != self.captured_req_width or spec_info.new_visible is not None):
+        if self.stride > 1 and (spec_info.num_tokens_per_req != self.captured_req_width or not self._masks_as_captured(spec_info)):
             return False
         return super().can_run_graph(forward_batch)
 
+    def _masks_as_captured(self, spec_info: IsdVerifyInput) -> bool:
+        if self._masks is None:
+            return spec_info.new_visible is None
+        return self._masks.is_captured(spec_info.custom_mask)
+
+    def _in_place(self) -> torch.Tensor | None:
+        """For SGLang, which copies a forward's mask into the graph's buffer: nothing, since it was written there."""
+        return None if self._masks is None else self._masks.captured[:0]
+
     def load_batch(self, forward_batch, pp_proxy_tensors=None) -> None:
         """Copy a batch into the static buffers, padded; the adapter's rows behind the batch's own are those of the padding requests."""
+        if self.stride > 1:
+            forward_batch.spec_info.custom_mask = self._in_place()
         super().load_batch(forward_batch, pp_proxy_tensors)
         own = self.raw_bs * self._drafts
         self._gate.put(self._padding[own : self.bs * self._drafts], own)
@@ -159,6 +173,9 @@ class _SharedState:
         if model_runner.graph_shared_output is None:
             model_runner.graph_shared_output = GraphSharedOutput(device=model_runner.device, max_rows=rows)
         self._indices: torch.Tensor | None = None
+        self._masks: BranchMask | None = getattr(model_runner, "idlm_masks", None)
+        if self._masks is not None:
+            self._masks.reserve(*mask_bytes(model_runner))
 
     def attention(self):
         """A new attention backend of the model runner's kind."""
@@ -169,8 +186,8 @@ class _SharedState:
 
     def _bound(self, backend) -> None:
         """SGLang's Triton state has a list of ``context`` slots and partial results for every *row*, and a mask over the context: a verify
-        forward reads one list per request, and neither of the others."""
-        backend.num_draft_tokens = None  # no mask
+        forward reads one list per request, no partial results, and no mask or the one of all runners."""
+        backend.num_draft_tokens = None  # no mask of its own
         whole = backend.init_cuda_graph_state
 
         def per_request(max_bs: int, max_num_tokens: int) -> None:
@@ -178,6 +195,8 @@ class _SharedState:
             if self._indices is None or len(self._indices) < size:
                 self._indices = torch.zeros(size, dtype=torch.int64, device=backend.device)
             whole(max_bs, max_bs, kv_indices_buf=self._indices)
+            if self._masks is not None:
+                backend._verify_mask = VerifyMask(self._masks.captured, TreeMaskMode.FULL_MASK, max_bs)
 
         backend.init_cuda_graph_state = per_request
 

@@ -42,18 +42,22 @@ class BranchMask:
     """The masks of one step after the other, in one buffer.
 
     Attributes:
-        captured: the part of it that graphs read, or None.
+        captured: another buffer, which graphs read: its address does not change. What does not fit is for eager forwards.
     """
 
     def __init__(self, device):
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self.captured: torch.Tensor | None = None
+        self._fits = 0
 
-    def reserve(self, size: int) -> torch.Tensor:
-        """A buffer of at least ``size`` bytes whose address does not change any more: for graphs."""
-        if self.captured is None or len(self.captured) < size:
-            self.captured = torch.empty(size, dtype=torch.uint8, device=self._buffer.device)
-        return self.captured
+    def reserve(self, size: int, padding: int) -> None:
+        """Make the buffer of graphs: ``size`` bytes for masks, ``padding`` for what the kernel reads behind them for padding requests."""
+        self.captured = torch.zeros(size + padding, dtype=torch.uint8, device=self._buffer.device)
+        self._fits = size
+
+    def is_captured(self, mask: torch.Tensor | None) -> bool:
+        """Whether a mask that was written is where graphs read it."""
+        return mask is not None and mask is self.captured
 
     def write(self, visible: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
         """The mask of a step: ``(bytes,)`` uint8, 1 where a row sees a column.
@@ -70,10 +74,11 @@ class BranchMask:
         start = width * (rows.cumsum(0) - rows) + lengths
         new = torch.arange(width, device=lengths.device)
         index = start[:, None, None] + new[:, None] * rows[:, None, None] + new
-        return buffer.scatter_(0, index.view(-1), visible.tril().to(torch.uint8).view(-1))
+        buffer.scatter_(0, index.view(-1), visible.tril().to(torch.uint8).view(-1))
+        return buffer
 
     def _of(self, size: int) -> torch.Tensor:
-        if self.captured is not None and size <= len(self.captured):
+        if size <= self._fits:
             return self.captured
         if len(self._buffer) < size:
             self._buffer = self._buffer.new_empty(int(size * _GROWTH))

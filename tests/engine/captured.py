@@ -1,5 +1,7 @@
 """A worker of ISD in this process, and decode steps of it on random KV: eager, and through captured forwards.
 
+With Triton attention rejections leave branch rounds; each attention of the eager steps is held against its definition.
+
     python -m tests.engine.captured triton                           on a GPU: real graphs
     TRITON_INTERPRET=1 python -m tests.engine.captured triton        on a CPU (torch_native: without TRITON_INTERPRET)
     ... python -m tests.engine.captured triton risd                  the embedded base model with its gated adapter
@@ -12,6 +14,7 @@ import json
 import os
 import sys
 from array import array
+from contextlib import contextmanager
 
 import torch
 
@@ -26,7 +29,8 @@ COLUMNS = 96
 
 def worker(backend: str, risd: bool):
     """The worker of a scheduler that runs no loop."""
-    os.environ.update({"IDLM_DECODE_GRAPHS": "on", "IDLM_STRIDE": "4", "IDLM_SALVAGE": "chain", "IDLM_SELFCHECK": "0"})
+    os.environ.update({"IDLM_DECODE_GRAPHS": "on", "IDLM_STRIDE": "4", "IDLM_SELFCHECK": "0"})
+    os.environ["IDLM_SALVAGE"] = "branch" if backend == "triton" else "chain"
     if risd:
         os.environ["IDLM_LORA"] = str(RISD_ADAPTER_DIR)
     from sglang.srt.plugins import load_plugins
@@ -55,6 +59,8 @@ class Run:
         answers: by step, the tokens committed by each request.
         captured: by step, whether SGLang says that a graph was replayed.
         touched: KV slots that changed without being any request's, slot 0 left out.
+        hidden: pairs of a row and a column that the rounds hid from each other, by layer and round.
+        attention_apart: the largest difference of an eager verify attention from its definition.
     """
 
     def __init__(self, worker, runner):
@@ -77,13 +83,36 @@ class Run:
         self._pending = torch.randint(4, 400, (most,), generator=generator).to(device)
         self._reqs = _requests(worker, most)
         self.answers, self.captured = [], []
-        for size, stride in STEPS:
-            self._step(size, stride)
+        self.hidden, self.attention_apart = 0, 0.0
+        with self._attention_compared():
+            for size, stride in STEPS:
+                self._step(size, stride)
         foreign = torch.ones(len(before[0]), dtype=torch.bool, device=device)
         foreign[own], foreign[0] = False, False
         self.touched = sum(int((cache != old).flatten(1).any(1)[foreign].sum()) for cache, old in zip(self._caches, before))
         self.kv = torch.stack([cache[own] for cache in self._caches])
         self.state = worker.state._table.clone()
+
+    @contextmanager
+    def _attention_compared(self):
+        """In here every eager TARGET_VERIFY attention is computed a second time."""
+        backend = self._worker.model_runner.attn_backend
+        forward = backend.forward_extend
+
+        def compared(q, k, v, layer, forward_batch, *args, **kwargs):
+            out = forward(q, k, v, layer, forward_batch, *args, **kwargs)
+            visible = forward_batch.spec_info.new_visible if forward_batch.forward_mode.is_target_verify() else None
+            if visible is not None:
+                self.hidden += int((~visible).sum())
+                expected = _naive(q, layer, forward_batch, backend, visible)
+                self.attention_apart = max(self.attention_apart, float((out.view(expected.shape) - expected).abs().max()))
+            return out
+
+        backend.forward_extend = compared
+        try:
+            yield
+        finally:
+            del backend.forward_extend
 
     def _step(self, size: int, stride: int) -> None:
         from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -113,7 +142,6 @@ class Run:
         self._lengths[:size] = result.new_seq_lens
         self._pending[:size] = result.next_draft_input.bonus_tokens
 
-
     def _spoil(self) -> None:
         """Leave in every buffer of the graphs what would do harm if a padding row kept it: slots, KV slots and rows of requests."""
         if self._worker.gate.adapted:
@@ -128,9 +156,27 @@ class Run:
             buffers.input_ids.fill_(5)
 
 
+def _naive(q, layer, forward_batch, backend, visible) -> torch.Tensor:
+    """``(B, W, q heads, dim)``: softmax over the committed columns and those of ``visible`` ``(B, W, W)``, one request at a time, in float64."""
+    pool, width = backend.token_to_kv_pool, visible.shape[1]
+    q = q.view(len(visible), width, layer.tp_q_head_num, layer.qk_head_dim).double()
+    found = []
+    for b, (slot, length) in enumerate(zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist())):
+        own = backend.req_to_token[slot, : length + width].long()
+        keys, values = (
+            buffer[own].double().repeat_interleave(layer.tp_q_head_num // layer.tp_k_head_num, 1)
+            for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id))
+        )
+        sees = torch.ones(width, length + width, dtype=torch.bool, device=q.device).tril(length)
+        sees[:, length:] &= visible[b]
+        scores = torch.einsum("rhd,chd->hrc", q[b], keys) * layer.scaling
+        found.append(torch.einsum("hrc,chd->rhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), values))
+    return torch.stack(found)
+
+
 def _requests(worker, count: int) -> list:
     """Greedy ones and sampled ones, by turns."""
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     from idlm_sglang.engine.requests import STRIDED, RequestPlan
@@ -140,6 +186,7 @@ def _requests(worker, count: int) -> list:
         params = SamplingParams(temperature=0.8 * (i % 2), max_new_tokens=COLUMNS)
         params.normalize(None)
         req = Req(f"r{i}", "", array("q", [0]), params, vocab_size=worker.vocab)
+        req.kv = ReqKvInfo(kv_allocated_len=COLUMNS)
         req.idlm_plan = RequestPlan(i + 1, STRIDED, "default", None, 77 + i, True)
         found.append(req)
     return found
@@ -164,6 +211,8 @@ def main(backend: str, *rest: str) -> None:
                 "state_apart": int((eager.state[1:] != captured.state[1:]).sum()),
                 "padding_state": int(captured.state[0].abs().sum() - eager.state[0].abs().sum()),
                 "drafts_tried": int(captured.state[:, 0].sum()),
+                "hidden": eager.hidden,
+                "attention_apart": eager.attention_apart,
             }
         )
     )
