@@ -93,10 +93,28 @@ def test_a_branch_needs_a_backend_that_hides_columns():
         return SimpleNamespace(attention_backend=attention, prefill_attention_backend=None, decode_attention_backend=decode)
 
     assert resolve_salvage("auto", args("torch_native")) == resolve_salvage("branch", args("torch_native")) == "branch"
-    for backend in (args("triton"), args("flashinfer"), args("torch_native", "triton")):
-        assert resolve_salvage("auto", backend) == "off" and resolve_salvage("chain", backend) == "chain"
-        with pytest.raises(SettingError, match="IDLM_SALVAGE=branch cannot be served with --attention-backend (triton|flashinfer).*allowed: auto, chain, off"):
-            resolve_salvage("branch", backend)
+    for backend in (args("triton"), args("torch_native", "triton")):
+        assert [resolve_salvage(asked, backend) for asked in ("auto", "branch", "chain")] == ["off", "branch", "chain"], "asked for, until it is measured"
+    assert resolve_salvage("auto", args("flashinfer")) == "off" and resolve_salvage("chain", args("flashinfer")) == "chain"
+    with pytest.raises(SettingError, match="IDLM_SALVAGE=branch cannot be served with --attention-backend flashinfer.*allowed: auto, chain, off, or torch_native or triton"):
+        resolve_salvage("branch", args("flashinfer"))
+
+
+def test_attention_that_takes_no_mask_is_refused_by_name():
+    """An AMD verify kernel, which SGLang may take in Triton's place, reads none."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    from idlm_sglang.engine.masks import check
+
+    def triton(**fields):
+        backend = TritonAttnBackend.__new__(TritonAttnBackend)
+        vars(backend).update({"use_verify_splitkv": False, "use_verify_shared_kv": False} | fields)
+        return backend
+
+    assert check(triton()) and not check(SimpleNamespace(hides_new_columns=True))
+    for backend in (triton(use_verify_splitkv=True), triton(use_verify_shared_kv=True), SimpleNamespace()):
+        with pytest.raises(SettingError, match="IDLM_SALVAGE=branch cannot be served with the attention of (TritonAttnBackend|SimpleNamespace); allowed: chain, off"):
+            check(backend)
 
 
 def test_the_settings_of_the_server_are_the_policies_of_the_algorithm():

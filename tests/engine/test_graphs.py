@@ -9,7 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from idlm_sglang import compat
 from idlm_sglang.config import AUTO, BRANCH, CHAIN, OFF, ON, SettingError, Settings
-from idlm_sglang.engine import algorithm
+from idlm_sglang.engine import algorithm, graph_sizes
 from idlm_sglang.engine.graph_sizes import MOST_ROWS, batch_sizes, captured_strides
 from idlm_sglang.engine.graphs import DecodeGraphs, ready
 from idlm_sglang.engine.lora import Gate
@@ -103,8 +103,9 @@ def test_off_until_asked_for(monkeypatch):
     args = server_args()
     algorithm.disable_decode_graphs(args)
     assert args.cuda_graph_config.decode.backend == "disabled"
-    # What graphs cannot hide is not asked of them.
+    # Nor are branch rounds.
     assert [algorithm.resolve_salvage(salvage, server_args(), ON) for salvage in (AUTO, CHAIN, OFF)] == [OFF, CHAIN, OFF]
+    assert algorithm.resolve_salvage(AUTO, server_args(attention_backend="torch_native"), ON) == OFF
 
 
 @pytest.mark.parametrize(
@@ -123,9 +124,21 @@ def test_what_cannot_be_captured_is_refused_in_one_line(args, words, monkeypatch
     assert all(word in str(error.value) for word in ["IDLM_DECODE_GRAPHS=on", *words]) and "\n" not in str(error.value)
 
 
-def test_a_branch_and_graphs_exclude_each_other():
-    with pytest.raises(SettingError, match="IDLM_SALVAGE=branch .* IDLM_DECODE_GRAPHS=on"):
-        algorithm.resolve_salvage(BRANCH, server_args(), ON)
+def test_a_branch_is_captured_with_triton_attention_alone():
+    assert algorithm.resolve_salvage(BRANCH, server_args(), ON) == BRANCH
+    with pytest.raises(SettingError, match="IDLM_SALVAGE=branch .* IDLM_DECODE_GRAPHS=on and --attention-backend torch_native"):
+        algorithm.resolve_salvage(BRANCH, server_args(attention_backend="torch_native"), ON)
+
+
+def test_the_masks_of_graphs_have_room_for_the_kv_pool_and_for_padding(monkeypatch):
+    sizes = {1: [1, 64], 4: [1, 64], 8: [1, 32]}
+    monkeypatch.setattr(graph_sizes, "sizes_of", lambda _, stride: sizes[stride])
+    monkeypatch.setattr(graph_sizes, "handed_down", lambda: None)
+    monkeypatch.setattr(graph_sizes, "captured_strides", lambda _: tuple(sizes))
+    runner = SimpleNamespace(max_total_num_tokens=100_000, req_to_token_pool=SimpleNamespace(req_to_token=torch.empty(65, 4096, device="meta")))
+    assert graph_sizes.mask_bytes(runner) == (15 * 100_000, 32 * 15 * 16)
+    runner.max_total_num_tokens = 10_000_000
+    assert graph_sizes.mask_bytes(runner)[0] == 15 * 32 * 4096, "no more than the requests' tables"
 
 
 def test_a_runner_that_is_not_ours_is_refused():
@@ -167,6 +180,8 @@ def test_replays_give_the_tokens_of_eager_steps(steps):
     assert not any(steps["eager_replayed"])
     accepted = sum(len(row) for answers in steps["captured"] for row in answers)
     assert steps["drafts_tried"] > 0 and accepted > sum(size for size, _ in STEPS), "some draft was accepted"
+    # The eager steps saw what their rounds let them see, so the captured ones did: a MASK row that sees too much draws another draft.
+    assert steps["hidden"] > 50 and steps["attention_apart"] < 1e-4
     # KV, drafts and their stamps as after eager steps; padding wrote nothing but the padding slot.
     assert steps["kv_apart"] < 1e-3 and steps["state_apart"] == 0
     assert steps["touched"] == steps["eager_touched"] == 0 and steps["padding_state"] == 0

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from idlm_sglang.config import BRANCH, CHAIN, OFF, TORCH, TRITON, Settings
 from idlm_sglang.engine.lora import Gate, LoraLinear
+from idlm_sglang.engine.masks import BranchMask
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
@@ -36,6 +37,7 @@ def fake_worker(device, logits, salvage, kind):
     worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
     out = SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits), can_run_cuda_graph=False, expert_distribution_metrics=None)
     worker.gate = Gate(adapted=True)
+    worker.masks = BranchMask(device) if salvage == BRANCH else None
     worker.gate.reserve(SLOTS * K, device)
     adapter = LoraLinear(torch.zeros(2, 8, device=device), [torch.zeros(VOCAB, 2, device=device)])
 
@@ -91,7 +93,7 @@ def fake_rows(device, rejection):
 
 def fake_batch(device):
     return SimpleNamespace(
-        reqs=[None] * BATCH,
+        reqs=[SimpleNamespace(kv=SimpleNamespace(kv_allocated_len=COLUMNS))] * BATCH,
         req_pool_indices=torch.arange(1, BATCH + 1, device=device),
         seq_lens=torch.full((BATCH,), 10, dtype=torch.int64, device=device),
         spec_info=SimpleNamespace(bonus_tokens=torch.zeros(BATCH, dtype=torch.int64, device=device)),
@@ -102,7 +104,12 @@ def fake_batch(device):
 
 def step(device, rejection, monkeypatch, salvage=OFF, kind=TORCH, launched=None):
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **_: launched.append(kernel.__name__))
-    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+
+    def prepared(self, *_, **__):
+        assert (self.custom_mask is not None) == (salvage == BRANCH), "a branch round has its mask, whatever the drafts"
+        return None, False
+
+    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", prepared)
     with FakeTensorMode(allow_non_fake_inputs=False):
         worker = fake_worker(device, torch.zeros(BATCH * (2 * K + 1), VOCAB, device=device), salvage, kind)
         published = []
@@ -137,6 +144,13 @@ def test_a_read_between_launches_is_noticed(monkeypatch):
     monkeypatch.setattr(kernels, "draw", lambda rows, sampling: draw(rows, sampling) if int(rows.index.max()) else None)
     with pytest.raises(DataDependentOutputException):
         step("cpu", True, monkeypatch, kind=TRITON, launched=[])
+
+
+def test_a_mask_sized_by_the_device_is_noticed(monkeypatch):
+    write = BranchMask.write
+    monkeypatch.setattr(BranchMask, "write", lambda self, visible, lengths, columns: write(self, visible, lengths, int((lengths + visible.shape[1]).sum())))
+    with pytest.raises(DataDependentOutputException):
+        step("cpu", True, monkeypatch, BRANCH)
 
 
 def test_a_planted_read_is_noticed(monkeypatch):

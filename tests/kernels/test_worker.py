@@ -73,7 +73,7 @@ class Arm:
         worker.state = SlotState(SLOTS, K + 1, VOCAB, True, device)
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
         worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
-        worker.gate = Gate(adapted=False)
+        worker.gate, worker.masks = Gate(adapted=False), None
         worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
         self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
         self.rows = BatchRows(reqs, [req.idlm_plan for req in reqs], worker.settings, K + 1, VOCAB, device)

@@ -1,0 +1,87 @@
+"""Branch rounds on SGLang's Triton attention: the mask that is written, read by SGLang's kernel, against attention by its definition."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+from idlm_sglang.engine.masks import BranchMask, columns_of
+from idlm_sglang.isd import visible_rows
+from tests.platform.reference import naive_attention, paged_batch
+
+CASES = 12
+
+
+def rounds(seed: int):
+    """Requests on scattered pages: lengths from nothing to some blocks of the kernel, any stride, any count of drafts and of survivors among them."""
+    rng = random.Random(seed)
+    k, page = rng.choice([1, 2, 3, 5, 7, 15]), rng.choice([1, 16])
+    lengths = [rng.choice([0, 1, rng.randrange(2, 40), rng.randrange(60, 200)]) for _ in range(rng.randrange(1, 6))]
+    counts = [rng.choice([k, rng.randrange(k + 1)]) for _ in lengths]
+    forks = [rng.choice([0, count, rng.randrange(count + 1)]) for count in counts]
+    batch = paged_batch(lengths, [2 * k + 1] * len(lengths), page_size=page, seed=seed)
+    return batch, visible_rows(torch.tensor(counts), torch.tensor(forks), 2 * k + 1), counts
+
+
+def columns(batch, spare: int = 0) -> int:
+    reqs = [SimpleNamespace(kv=SimpleNamespace(kv_allocated_len=n + spare)) for n in (batch.prefix_lens + batch.row_counts).tolist()]
+    return columns_of(reqs)
+
+
+def attend(batch, mask, device) -> torch.Tensor:
+    """As the backend's TARGET_VERIFY forward calls the kernel; where each request's mask begins is counted here once more."""
+    lengths, width = batch.prefix_lens.tolist(), int(batch.row_counts[0])
+    taken = [batch.req_to_token[row, :n] for row, n in zip(batch.req_pool_indices, lengths)]
+    new = torch.cat([batch.req_to_token[row, n : n + width] for row, n in zip(batch.req_pool_indices, lengths)]).long()
+    begins, mask_begins = [0], [0]
+    for n in lengths:
+        begins.append(begins[-1] + n)
+        mask_begins.append(mask_begins[-1] + width * (n + width))
+    q, out = batch.q.to(device), torch.empty_like(batch.q, device=device)
+    k_cache, v_cache = batch.k_cache.to(device), batch.v_cache.to(device)
+    extend_attention_fwd(
+        q, k_cache[new], v_cache[new], out, k_cache, v_cache,
+        torch.arange(0, len(q) + 1, width, dtype=torch.int32, device=device), torch.tensor(begins, dtype=torch.int32, device=device),
+        torch.cat(taken).long().to(device), mask, True, torch.tensor(mask_begins, device=device), width, 1.0, 1.0, batch.scale,
+    )  # fmt: skip
+    return out.cpu()
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_rows_see_what_the_round_says_and_nothing_else(seed, device):
+    batch, visible, counts = rounds(seed)
+    width = visible.shape[1]
+    # What lies around the corners, of this step and of those before it, is never read.
+    mask = BranchMask(device)
+    spoiled = mask.write(torch.rand(1, 31, 31, device=device) < 0.5, torch.tensor([4000], device=device), 4031)
+    spoiled.fill_(seed % 2)
+    written = mask.write(visible.to(device), batch.prefix_lens.to(device), columns(batch, spare=3))
+    assert written is spoiled, "the buffer is kept"
+    got = attend(batch, written, device)
+    assert (got - naive_attention(batch, visible)).abs().max() < 1e-5
+    # Rows from which nothing is hidden have the bits of the plain causal kernel: what they verify does not depend on the mask.
+    plain = attend(batch, None, device).view(len(counts), width, *got.shape[1:])
+    got = got.view_as(plain)
+    hiding = 0
+    for b, count in enumerate(counts):
+        assert torch.equal(got[b, : count + 1], plain[b, : count + 1])
+        hides = not visible[b].all()
+        hiding += hides
+        assert torch.equal(got[b, count + 1 :], plain[b, count + 1 :]) != hides
+    print(f"lengths {batch.prefix_lens.tolist()}, {width} rows, {hiding} of {len(counts)} in a branch")
+
+
+def test_a_buffer_grows_and_that_of_graphs_stays(device):
+    mask = BranchMask(device)
+    visible, lengths = torch.ones(1, 3, 3, dtype=torch.bool, device=device), torch.tensor([5], device=device)
+    first = mask.write(visible, lengths, 8)
+    assert mask.write(visible, lengths, 9) is first and mask.write(visible, lengths, 1000) is not first
+    mask.reserve(3 * 20, 50)
+    captured = mask.captured
+    assert len(captured) == 110 and mask.is_captured(mask.write(visible, lengths, 20))
+    assert not mask.is_captured(mask.write(visible, lengths, 21)) and mask.captured is captured
+    assert mask.is_captured(mask.write(visible, lengths, 8)), "a step that fits is captured again"
+    # Row i of the corner: causal, 5 columns in, 8 apart.
+    assert [captured[i * 8 + 5 : i * 8 + 8].tolist() for i in range(3)] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
