@@ -5,7 +5,7 @@ import time
 from array import array
 
 import torch
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -76,6 +76,7 @@ class _Batch:
         reqs = []
         for i in range(size):
             req = Req(f"idlm-{i}", "", array("q", [0]), params, vocab_size=worker.vocab)
+            req.kv = ReqKvInfo(kv_allocated_len=self._length + 2 * widest)
             req.idlm_plan = RequestPlan(-1 - i, STRIDED, "default", None, 0, True)
             reqs.append(req)
         allocator = runner.token_to_kv_pool_allocator

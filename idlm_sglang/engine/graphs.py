@@ -176,6 +176,7 @@ class _SharedState:
         self._masks: BranchMask | None = getattr(model_runner, "idlm_masks", None)
         if self._masks is not None:
             self._masks.reserve(*mask_bytes(model_runner))
+            logger.info("idlm: masks of captured branch rounds: %.1f MB", len(self._masks.captured) / 2**20)
 
     def attention(self):
         """A new attention backend of the model runner's kind."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from idlm_sglang.config import BRANCH, CHAIN, OFF, TORCH, TRITON, Settings
 from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.engine.lora import Gate
+from idlm_sglang.engine.masks import BranchMask
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
 from idlm_sglang.engine.requests import STRIDED, BatchRows, RequestPlan
@@ -45,7 +46,7 @@ def request(number: int, coupled: bool = True, grammar=None, limit: int | None =
     neutral = dict(frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0, stop_token_ids=[7, 9])
     params = SimpleNamespace(**{**SAMPLED, **neutral, **params})
     req = SimpleNamespace(idlm_plan=plan, sampling_params=params, grammar=grammar, tokenizer=None, eos_token_ids=[2], origin_input_ids=[0] * PROMPT)
-    req.finished = lambda: False
+    req.finished, req.kv = lambda: False, SimpleNamespace(kv_allocated_len=COLUMNS)
     return req
 
 
@@ -73,7 +74,7 @@ class Arm:
         worker.state = SlotState(SLOTS, K + 1, VOCAB, True, device)
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
         worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
-        worker.gate, worker.masks = Gate(adapted=False), None
+        worker.gate, worker.masks = Gate(adapted=False), BranchMask(device) if salvage == BRANCH else None
         worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
         self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
         self.rows = BatchRows(reqs, [req.idlm_plan for req in reqs], worker.settings, K + 1, VOCAB, device)
@@ -171,7 +172,7 @@ def rows_with(params: list, device: str) -> SamplingRows:
 @pytest.mark.parametrize("kind", [TORCH, TRITON])
 def test_a_decode_step_of_the_worker_does_not_wait_for_the_device(kind, tokenizer, device, monkeypatch):
     monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
-    arm = Arm(kind, [req for req in mixture(tokenizer) if req.grammar is None], CHAIN, device)
+    arm = Arm(kind, [req for req in mixture(tokenizer) if req.grammar is None], BRANCH, device)
     arm.prepare(torch.randn(len(arm.reqs), 2 * K + 1, VOCAB))
     arm.run()
     torch.cuda.set_sync_debug_mode("error")

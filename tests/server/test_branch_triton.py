@@ -49,6 +49,7 @@ def test_greedy_and_seeded_answers_are_ars_wherever_they_stop(ar, branch):
     assert re.search("#retracted_reqs: [1-9]", branch.log.read_text(errors="replace"))
 
 
+@pytest.mark.skipif(accelerator_available(), reason="where the CPU's own attention is")
 def test_every_round_accepts_what_it_accepts_on_the_cpus_own_attention(isd, branch):
     """The answers above do not depend on what MASK rows see; their drafts do."""
     rounds = 0
