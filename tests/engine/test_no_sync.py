@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from triton.runtime.jit import JITFunction
 
 from idlm_sglang.config import BRANCH, CHAIN, OFF, TORCH, TRITON, Settings
+from idlm_sglang.engine import beside
 from idlm_sglang.engine.lora import Gate, LoraLinear
 from idlm_sglang.engine.masks import BranchMask
 from idlm_sglang.engine.spec_io import IsdVerifyInput
@@ -126,6 +127,16 @@ def test_a_strided_step_reads_nothing_back(device, salvage, rejection, monkeypat
     assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.round_stats.shape == (BATCH, 4)
     assert len(published) == 1, "the new lengths are published once per forward"
     assert result.next_token_ids.device.type == device
+
+
+def test_survivors_are_a_chain_in_a_prompts_forward_that_takes_no_mask():
+    """SGLang's Triton attention has masks in verify forwards only; the CPU's own hides columns in both."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        worker = fake_worker("cpu", torch.zeros(BATCH * (2 * K + 1), VOCAB), BRANCH, TORCH)
+        worker.rows_of = lambda batch: fake_rows("cpu", False)
+        assert beside._step(worker, fake_batch("cpu")).visible is None
+        worker.masks = None
+        assert beside._step(worker, fake_batch("cpu")).visible.shape == (BATCH, 2 * K + 1, 2 * K + 1)
 
 
 @pytest.mark.parametrize("rejection", [True, False])
