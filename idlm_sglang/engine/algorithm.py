@@ -97,12 +97,12 @@ def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:
     if graphs == ON and salvage == BRANCH and backend != GRAPH_BACKEND:
         raise SettingError(
             f"IDLM_SALVAGE={salvage} cannot be served with IDLM_DECODE_GRAPHS=on and --attention-backend {backend}, whose captured forwards hide no columns; "
-            f"allowed: auto, chain, off, or {GRAPH_BACKEND}"
+            f"allowed: auto, chain, off, or --attention-backend {GRAPH_BACKEND}"
         )
     if salvage == BRANCH and backend not in MASKING_BACKENDS:
         raise SettingError(
             f"IDLM_SALVAGE={salvage} cannot be served with --attention-backend {backend}, whose verify forward hides no columns; "
-            f"allowed: auto, chain, off, or {' or '.join(MASKING_BACKENDS)}"
+            f"allowed: auto, chain, off, or --attention-backend {DEFAULT_GPU_BACKEND}"
         )
     return salvage
 

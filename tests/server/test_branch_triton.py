@@ -1,4 +1,6 @@
-"""Branch rounds on SGLang's Triton attention, with the overlap schedule and requests that are retracted: answers are AR's, rounds those of the CPU's own attention.
+"""Branch rounds on SGLang's Triton attention, with the overlap schedule and requests that are retracted.
+
+Answers are AR's, rounds those of the CPU's own attention.
 
 Interpreted where there is no GPU, which is slow: requests are few and short, and chosen for the survivors that stand in their answers.
 """
