@@ -7,6 +7,7 @@ width, so that nothing has to be switched when the stride changes; what no runne
 The rows of padding requests are SGLang's: request slot 0, KV slot 0, position 0, length 1, none of which belongs to a request. Their
 logits are cut off behind the replay; ISD's state, kept by request slot, never sees them. A gated adapter is told of them
 (:meth:`StrideGraphs.load_batch`): its rows are read from a buffer, what an earlier step left there would name rows of requests.
+What they read as their mask, where branch rounds have one (``engine.masks``), lies behind the requests' own and means nothing.
 """
 
 import functools
