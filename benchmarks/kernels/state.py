@@ -65,8 +65,7 @@ def slots_arms(size: Size, with_q: bool, options: Options) -> list[Arm]:
     def by_kernels():
         from idlm_kernels import slots as kernels
 
-        ones = torch.zeros(batch, dtype=torch.int32, device=device)
-        kernels.store(state, slots, numbers, seq_lens, ones, drafts, counts, counts, log_q)
+        kernels.store(state, slots, numbers, seq_lens, drafts, counts, counts, log_q)
         found = kernels.load(state, slots, numbers, seq_lens, limits, numbers, k, table, MASK, 1 << 20)
         return found.drafts, found.counts, found.log_q
 

@@ -1,8 +1,7 @@
-"""What turns logits into tokens: plain torch (`idlm_sglang.isd`), or the Triton kernels (`idlm_kernels`).
+"""What turns kept drafts into rows, and logits into tokens: plain torch (`idlm_sglang.isd`), or the Triton kernels (`idlm_kernels`).
 
-One path leads up to the logits with everything a request adds to them, and one goes on behind the tokens. Between them a strided step, the first
-drafts behind a prompt, and the sampler of prefill and stride 1 call the same ops: the two kinds round scores differently in the
-last bits, and a seeded request must not meet both.
+Around the forward there is one path, with everything a request adds to its logits. A strided step, the first drafts behind a prompt, and the
+sampler of prefill and stride 1 call the same ops: the two kinds round scores differently in the last bits, and a seeded request must not meet both.
 """
 
 import importlib.util
@@ -15,8 +14,9 @@ from typing import Protocol
 import torch
 
 from idlm_sglang.config import AUTO, TORCH, TRITON, SettingError
-from idlm_sglang.engine.state import Carried, SlotState
-from idlm_sglang.isd import SamplingRows, StepOutcome, first_proposal, isd_step, target_scores
+from idlm_sglang.engine.state import Carried
+from idlm_sglang.engine.step_inputs import Adjust, Layout, Requests, StepInputs, load
+from idlm_sglang.isd import BRANCH, SamplingRows, StepOutcome, first_proposal, isd_step, target_scores
 from idlm_sglang.isd.noise import NoiseAhead
 from idlm_sglang.isd.propose import Proposal
 from idlm_sglang.isd.target import choice
@@ -29,24 +29,25 @@ AUTO_ON_CUDA = TORCH
 
 
 class StepOps(Protocol):
-    """Shapes as in `idlm_sglang.isd`: B requests, K drafts, V tokens.
+    """Shapes as in `idlm_sglang.isd`: B requests, K drafts, W = 2K + 1 rows, V tokens."""
 
-    Attributes:
-        q_stays_in_slots: the drafts' q is read and written where ``state`` keeps it; otherwise it is in ``carried`` and in the proposal.
-    """
+    def load(self, requests: Requests, layout: Layout, any_rejection: bool, adjust: Adjust | None = None) -> StepInputs:
+        """What the slots keep for the requests, laid out as rows. ``any_rejection``: some request uses the rejection rule.
 
-    q_stays_in_slots: bool
+        ``adjust`` is handed the drafts, and the rows are made of those that it returns.
+        """
 
-    def step(
-        self, logits: torch.Tensor, carried: Carried, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows,
-        forks: torch.Tensor, salvage: bool, state: SlotState, slots: torch.Tensor,
-    ) -> StepOutcome:  # fmt: skip
-        """`isd.isd_step` on the drafts ``carried``; ``slots`` ``(B,)`` int64."""
+    def step(self, logits: torch.Tensor, requests: Requests, inputs: StepInputs, sampling: SamplingRows, salvage: bool) -> StepOutcome:
+        """`isd.isd_step` on the drafts of ``inputs``; the next ones' q may be in the slots already, and not in the proposal."""
 
-    def first(
-        self, logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows, state: SlotState, slots: torch.Tensor
-    ) -> Proposal:  # fmt: skip
-        """`isd.first_proposal`."""
+    def store(self, requests: Requests, inputs: StepInputs, step: StepOutcome) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a step's next drafts under the requests' new lengths.
+
+        Returns these ``(B,)``, and the step's figures ``(B, 4)`` float32 (`spec_io.IsdResult`).
+        """
+
+    def first(self, logits: torch.Tensor, requests: Requests, sampling: SamplingRows) -> Proposal:
+        """`isd.first_proposal`, kept in the slots."""
 
     def keep(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """What :meth:`draw` and :meth:`probabilities` need of ``logits`` ``(B, 1, V)`` float32, which the caller then overwrites."""
@@ -61,16 +62,27 @@ class StepOps(Protocol):
 class TorchOps:
     """Plain torch, on any device."""
 
-    q_stays_in_slots = False
-
     def __init__(self):
         self._noise = NoiseAhead()
 
-    def step(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots) -> StepOutcome:
-        return isd_step(logits, carried.drafts, carried.counts, carried.log_q, carried.q, limits, seq_lens, rows, forks, salvage)
+    def load(self, requests, layout, any_rejection, adjust=None) -> StepInputs:
+        return load(requests, layout, any_rejection, adjust)
 
-    def first(self, logits, limits, seq_lens, rows, state, slots) -> Proposal:
-        return first_proposal(logits, limits, seq_lens, rows)
+    def step(self, logits, requests, inputs, sampling, salvage) -> StepOutcome:
+        carried = inputs.carried
+        return isd_step(
+            logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage
+        )
+
+    def store(self, requests, inputs, step) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths, carried = requests.seq_lens + step.accept_lens, inputs.carried
+        requests.state.store(requests.slots, requests.numbers, lengths, step.proposal)
+        return lengths, torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
+
+    def first(self, logits, requests, sampling) -> Proposal:
+        proposal = first_proposal(logits, requests.limits, requests.seq_lens, sampling)
+        requests.state.store(requests.slots, requests.numbers, requests.seq_lens, proposal)
+        return proposal
 
     def keep(self, logits, rows) -> torch.Tensor:
         return target_scores(logits, rows)[:, 0]
@@ -83,28 +95,53 @@ class TorchOps:
 
 
 class TritonOps:
-    """The kernels: compiled on a CUDA GPU, or interpreted on the host under ``TRITON_INTERPRET=1``."""
-
-    q_stays_in_slots = True
+    """The kernels: compiled on a CUDA GPU, or interpreted on the host under ``TRITON_INTERPRET=1``. q stays in its slots."""
 
     def __init__(self):
-        from idlm_kernels import rows, step
+        from idlm_kernels import rows, slots, step
 
-        self._rows, self._step = rows, step
+        self._rows, self._slots, self._step = rows, slots, step
         if interpreted():
             logger.warning("idlm: IDLM_STEP_OPS=%s under TRITON_INTERPRET=1: kernels are interpreted on the host, slowly, for tests", TRITON)
 
-    def step(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots) -> StepOutcome:
-        index, positions = self._rows.step_rows(carried.counts, seq_lens, carried.drafts.shape[1], forks)
-        read = self._rows.Rows(logits, index, positions)
-        out, _ = self._step.isd_step(read, rows, carried.drafts, carried.counts, carried.log_q, limits, state.q, slots, forks, salvage)
+    def load(self, requests, layout, any_rejection, adjust=None) -> StepInputs:
+        inputs = self._load(requests, layout)
+        if adjust is None or (carried := adjust(inputs.carried)) is inputs.carried:
+            return inputs
+        # The slots take the changed drafts, under the same stamp: so the same kernel lays these out.
+        self._keep(requests, carried.drafts, carried.counts, carried.clean, carried.log_q)
+        return self._load(requests, layout)
+
+    def _load(self, requests, layout) -> StepInputs:
+        made = self._slots.load(
+            requests.state, requests.slots, requests.numbers, requests.seq_lens, requests.limits, layout.pending, layout.k, layout.table, layout.mask_id,
+            layout.last_position, layout.salvage == BRANCH,
+        )  # fmt: skip
+        carried = Carried(made.drafts, made.counts, made.log_q, None, made.clean)
+        return StepInputs(carried, made.forks, made.tokens, made.rotary, made.kv_slots, (made.index, made.positions))
+
+    def step(self, logits, requests, inputs, sampling, salvage) -> StepOutcome:
+        read, carried, q = self._rows.Rows(logits, *inputs.read), inputs.carried, requests.state.q
+        out, _ = self._step.isd_step(
+            read, sampling, carried.drafts, carried.counts, carried.log_q, requests.limits, q, requests.slots, inputs.forks, salvage
+        )
         proposal = Proposal(out.drafts, out.counts, out.log_q, None, out.clean)
         return StepOutcome(out.tokens, out.accept_lens, out.last, proposal, out.introspection, out.deciding)
 
-    def first(self, logits, limits, seq_lens, rows, state, slots) -> Proposal:
-        draws = self._step.first_drafts(self._plain(logits, seq_lens), rows, state.q, slots)
-        counts = limits.to(torch.int64).clamp(max=logits.shape[1])
+    def store(self, requests, inputs, step) -> tuple[torch.Tensor, torch.Tensor]:
+        carried = inputs.carried
+        verified = self._slots.Round(carried.counts, carried.clean, step.accept_lens, step.introspection)
+        next_ = step.proposal
+        return self._keep(requests, next_.drafts, next_.counts, next_.clean, next_.log_q, verified)
+
+    def first(self, logits, requests, sampling) -> Proposal:
+        draws = self._step.first_drafts(self._plain(logits, requests.seq_lens), sampling, requests.state.q, requests.slots)
+        counts = requests.limits.to(torch.int64).clamp(max=logits.shape[1])
+        self._keep(requests, draws.tokens, counts, counts, draws.log_p)
         return Proposal(draws.tokens, counts, draws.log_p, None, counts)
+
+    def _keep(self, requests, *drafts):
+        return self._slots.store(requests.state, requests.slots, requests.numbers, requests.seq_lens, *drafts)
 
     def keep(self, logits, rows) -> torch.Tensor:
         return logits.clone()

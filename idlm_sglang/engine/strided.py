@@ -12,8 +12,10 @@ from idlm_sglang.engine.grammar import GrammarStep
 from idlm_sglang.engine.masks import columns_of
 from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
-from idlm_sglang.isd import BRANCH, OFF, row_offsets, step_positions, step_tokens, visible_rows
-from idlm_sglang.isd.layout import drafts_in_front, forks
+from idlm_sglang.engine.state import Carried
+from idlm_sglang.engine.step_inputs import Layout, Requests
+from idlm_sglang.isd import BRANCH, OFF, visible_rows
+from idlm_sglang.isd.layout import drafts_in_front
 from idlm_sglang.isd.penalties import penalise
 
 
@@ -35,24 +37,21 @@ class StridedStep:
 
     def __init__(self, worker, batch, rows: BatchRows, salvage: str):
         self._worker, self._batch, self._rows, self._salvage = worker, batch, rows, salvage
-        slots, committed, k = batch.req_pool_indices, batch.seq_lens, rows.drafts
+        k = rows.drafts
         self.width = 2 * k + 1
-        carried = worker.state.load(slots, rows.numbers, committed, rows.limits, k, rows.any_rejection and not worker.ops.q_stays_in_slots)
         self._grammars = GrammarStep(batch.reqs, rows.grammars, rows.limits_host, k, worker.vocab, worker.mask_id) if rows.grammars else None
-        if self._grammars is not None:
-            carried, failed = self._grammars.adjust(carried)
-            _abort(batch, failed)
-        self._carried = carried
-        self._seen = forks(carried.clean, carried.counts, salvage)
-        self.tokens = step_tokens(batch.spec_info.bonus_tokens, carried.drafts, carried.counts, worker.mask_id)
-        columns = step_positions(committed, self.width)
-        positions, self.visible = columns, None
-        if salvage == BRANCH:
-            positions = committed[:, None] + row_offsets(carried.counts, self._seen, self.width)
-            self.visible = visible_rows(carried.counts, self._seen, self.width)
-        # The rotary table ends with the context.
-        self.positions = positions.clamp(max=worker.last_position)
-        self.places = worker.req_to_token[slots[:, None], columns].to(torch.int64)
+        self._requests = Requests(worker.state, batch.req_pool_indices, rows.numbers, batch.seq_lens, rows.limits)
+        layout = Layout(k, salvage, batch.spec_info.bonus_tokens, worker.req_to_token, worker.mask_id, worker.last_position)
+        self._inputs = worker.ops.load(self._requests, layout, rows.any_rejection, None if self._grammars is None else self._adjusted)
+        self._carried = self._inputs.carried
+        self.tokens, self.positions, self.places = self._inputs.tokens, self._inputs.positions, self._inputs.places
+        self.visible = visible_rows(self._carried.counts, self._inputs.forks, self.width) if salvage == BRANCH else None
+
+    def _adjusted(self, carried: Carried) -> Carried:
+        carried, failed = self._grammars.adjust(carried)
+        for row, error in failed.items():
+            self._batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+        return carried
 
     def verify(self):
         """The step's own TARGET_VERIFY forward: SGLang's result and the logits ``(B, W, V)`` float32."""
@@ -79,13 +78,10 @@ class StridedStep:
             out: what SGLang's worker returned for the forward.
             logits: ``(B, W, V)`` float32, of the rows of ``tokens``; changed in place.
         """
-        worker, batch, rows, carried = self._worker, self._batch, self._rows, self._carried
-        committed, k = batch.seq_lens, rows.drafts
+        worker, batch, rows, k = self._worker, self._batch, self._rows, self._rows.drafts
         logits = self._with_request_terms(logits)
-        slots, sampling = batch.req_pool_indices, rows.sampling(batch.sampling_info)
-        step = worker.ops.step(logits, carried, rows.limits, committed, sampling, self._seen, self._salvage != OFF, worker.state, slots)
-        new_seq_lens = committed + step.accept_lens
-        worker.state.store(slots, rows.numbers, new_seq_lens, step.proposal)
+        step = worker.ops.step(logits, self._requests, self._inputs, rows.sampling(batch.sampling_info), self._salvage != OFF)
+        new_seq_lens, stats = worker.ops.store(self._requests, self._inputs, step)
         if rows.penalised is not None:
             worker.count(batch, rows.penalised, step.tokens, step.accept_lens)
         output = LogitsProcessorOutput(next_token_logits=None)
@@ -94,7 +90,6 @@ class StridedStep:
             compute_spec_logprobs(batch, output, step.tokens.view(-1), chain_stride=k + 1)
             # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
             output.next_token_logits = None
-        stats = torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
         result = decode_result(out, output, new_seq_lens, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host)
         if on_publish is not None:
             on_publish(new_seq_lens)
@@ -111,7 +106,7 @@ class StridedStep:
                 rows.penalised.penalties,
                 worker.counts.of(batch.req_pool_indices[index]),
                 carried.drafts[index],
-                drafts_in_front(carried.counts[index], self._seen[index], carried.drafts.shape[1], logits.shape[1]),
+                drafts_in_front(carried.counts[index], self._inputs.forks[index], carried.drafts.shape[1], logits.shape[1]),
                 batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
             )
         if self._grammars is not None:
@@ -129,8 +124,3 @@ class StridedStep:
             apply_custom_logit_processor(first, info)
             logits[:, 0] = first
         return logits
-
-
-def _abort(batch, failed: dict[int, Exception]) -> None:
-    for row, error in failed.items():
-        batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode,
 
 from idlm_sglang.engine.requests import STRIDED, BatchRows
 from idlm_sglang.engine.reserve import columns
+from idlm_sglang.engine.step_inputs import Requests
 from idlm_sglang.engine.transfer import on_device
 
 _ROWS = "idlm_masks_behind"
@@ -127,6 +128,5 @@ def first_drafts(worker, batch, masked: list[int], rows: BatchRows, logits: torc
     info, lengths = batch.sampling_info, batch.seq_lens[index]
     if info.logit_bias is not None:
         proposing = proposing + info.logit_bias[index][:, None]
-    slots, sampling = batch.req_pool_indices[index], rows.sampling(info).at(index)
-    proposal = worker.ops.first(proposing, rows.limits[index], lengths, sampling, worker.state, slots)
-    worker.state.store(slots, rows.numbers[index], lengths, proposal)
+    requests = Requests(worker.state, batch.req_pool_indices[index], rows.numbers[index], lengths, rows.limits[index])
+    worker.ops.first(proposing, requests, rows.sampling(info).at(index))

@@ -1,7 +1,8 @@
 """What a step reads and writes per slot, each in one launch: one program per request.
 
 `load` makes a step's inputs out of the kept drafts: truncated to the limit and to K, and only where the stamp (request number, length) fits. `store`
-keeps the next drafts under the new stamp. They are `engine.state.SlotState.load` and `.store` with `isd.layout` and the page table in between.
+keeps the next drafts under the new stamp. They are `engine.step_inputs.load` (with the rows that are read) and `engine.state.SlotState.store`
+(with the new lengths and the figures of a step).
 """
 
 from dataclasses import dataclass
@@ -46,10 +47,20 @@ class StepInputs:
     log_q: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Round:
+    """What a step did with the drafts it was given: ``counts``, ``clean``, ``accept_lens`` ``(B,)`` integer, ``introspection`` ``(B,)`` float32."""
+
+    counts: torch.Tensor
+    clean: torch.Tensor
+    accept_lens: torch.Tensor
+    introspection: torch.Tensor
+
+
 @triton.jit
 def _load(
     slots, numbers, seq_lens, limits, pending, kept_drafts, kept_counts, kept_clean, kept_log_q, kept_numbers, kept_lengths,
-    stride_drafts, stride_head, stride_log_q, table, table_width, tokens_out, rotary_out, kv_out, positions_out, index_out,
+    stride_drafts, stride_head, stride_log_q, table, table_width, stride_table, tokens_out, rotary_out, kv_out, positions_out, index_out,
     drafts_out, counts_out, clean_out, forks_out, log_q_out, mask_id, last_position, K: tl.constexpr, COLUMNS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
@@ -82,25 +93,35 @@ def _load(
     tl.store(positions_out + place, position, mask=inside)
     tl.store(rotary_out + place, tl.minimum(position, last_position), mask=inside)
     tl.store(index_out + place, tl.where(column <= count + K, column, -1).to(tl.int64), mask=inside)
-    kv = tl.load(table + slot * table_width + stored_at, mask=inside & (stored_at < table_width), other=0)
+    kv = tl.load(table + slot * stride_table + stored_at, mask=inside & (stored_at < table_width), other=0)
     tl.store(kv_out + place, kv.to(tl.int64), mask=inside)
 
 
 @triton.jit
 def _store(
-    slots, numbers, seq_lens, accept_lens, drafts, counts, clean, log_q, kept_drafts, kept_counts, kept_clean, kept_log_q, kept_numbers,
-    kept_lengths, stride_drafts, stride_head, stride_log_q, K: tl.constexpr, COLUMNS: tl.constexpr,
+    slots, numbers, seq_lens, drafts, counts, clean, log_q, kept_drafts, kept_counts, kept_clean, kept_log_q, kept_numbers, kept_lengths,
+    stride_drafts, stride_head, stride_log_q, tried, tried_clean, accept_lens, introspection, lengths_out, figures_out,
+    K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     slot = tl.load(slots + request).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     head = slot * stride_head
+    length = tl.load(seq_lens + request).to(tl.int64)
+    if accept_lens is not None:
+        accepted = tl.load(accept_lens + request).to(tl.int64)
+        length += accepted
+        tl.store(lengths_out + request, length)
+        tl.store(figures_out + request * 4, tl.load(tried + request).to(tl.float32))
+        tl.store(figures_out + request * 4 + 1, (accepted - 1).to(tl.float32))
+        tl.store(figures_out + request * 4 + 2, tl.load(introspection + request))
+        tl.store(figures_out + request * 4 + 3, tl.load(tried_clean + request).to(tl.float32))
     tl.store(kept_drafts + slot * stride_drafts + column, tl.load(drafts + request * K + column, mask=column < K, other=0), mask=column < K)
     tl.store(kept_log_q + slot * stride_log_q + column, tl.load(log_q + request * K + column, mask=column < K, other=0.0), mask=column < K)
     tl.store(kept_counts + head, tl.load(counts + request).to(tl.int64))
     tl.store(kept_clean + head, tl.load(clean + request).to(tl.int64))
     tl.store(kept_numbers + head, tl.load(numbers + request).to(tl.int64))
-    tl.store(kept_lengths + head, tl.load(seq_lens + request).to(tl.int64) + tl.load(accept_lens + request).to(tl.int64))
+    tl.store(kept_lengths + head, length)
 
 
 def _kept(state: State) -> tuple:
@@ -136,13 +157,14 @@ def load(
     batch, width, most = len(slots), 2 * k + 1, state.drafts.shape[1]
     if k > most:
         raise ValueError(f"{k} drafts of slots that keep {most}; allowed: at most that")
+    slots, numbers, seq_lens, limits, pending = (part.contiguous() for part in (slots, numbers, seq_lens, limits, pending))
     made = [torch.empty(batch, width, dtype=torch.int64, device=slots.device) for _ in range(5)]
     drafts = torch.empty(batch, k, dtype=torch.int64, device=slots.device)
     counts, clean, forks = (torch.empty(batch, dtype=torch.int64, device=slots.device) for _ in range(3))
     log_q = torch.empty(batch, k, device=slots.device)
     if batch:
         _load[(batch,)](
-            slots, numbers, seq_lens, limits, pending, *_kept(state), table, table.stride(0), *made, drafts, counts, clean, forks, log_q,
+            slots, numbers, seq_lens, limits, pending, *_kept(state), table, table.shape[1], table.stride(0), *made, drafts, counts, clean, forks, log_q,
             mask_id, last_position, K=k, COLUMNS=triton.next_power_of_2(width), BRANCH=branch, num_warps=1,
         )  # fmt: skip
     return StepInputs(*made, drafts, counts, clean, forks, log_q)
@@ -153,22 +175,33 @@ def store(
     slots: torch.Tensor,
     numbers: torch.Tensor,
     seq_lens: torch.Tensor,
-    accept_lens: torch.Tensor,
     drafts: torch.Tensor,
     counts: torch.Tensor,
     clean: torch.Tensor,
     log_q: torch.Tensor,
-) -> None:
-    """Keep the next drafts of ``slots``, stamped with the request and its new length ``seq_lens + accept_lens`` (all ``(B,)`` integer).
+    verified: Round | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keep drafts of ``slots``, stamped with the request and its length: ``seq_lens``, and what ``verified`` adds to them.
 
     q is written by :func:`idlm_kernels.store_q.store_q`.
+
+    Args:
+        slots, numbers, seq_lens: as for :func:`load`.
+        drafts: ``(B, K)`` int64; counts, clean: ``(B,)`` integer; log_q: ``(B, K)`` float32.
+        verified: of the step that the drafts are from; without it they are from no step.
+
+    Returns:
+        The lengths ``(B,)``, and the figures of ``verified`` ``(B, 4)`` float32: drafts, accepted drafts, introspection, clean drafts.
     """
     batch, k = drafts.shape
+    lengths, figures, made = seq_lens, None, (None,) * 6
+    if verified is not None:
+        lengths, figures = torch.empty_like(seq_lens), torch.empty(batch, 4, device=seq_lens.device)
+        made = verified.counts, verified.clean, verified.accept_lens, verified.introspection, lengths, figures
     if batch:
-        _store[(batch,)](
-            slots, numbers, seq_lens, accept_lens, drafts.contiguous(), counts, clean, log_q.contiguous(), *_kept(state),
-            K=k, COLUMNS=triton.next_power_of_2(max(k, 1)), num_warps=1,
-        )  # fmt: skip
+        vectors = (part.contiguous() for part in (slots, numbers, seq_lens, drafts, counts, clean, log_q))
+        _store[(batch,)](*vectors, *_kept(state), *made, K=k, COLUMNS=triton.next_power_of_2(max(k, 1)), num_warps=1)
+    return lengths, figures
 
 
 def load_reference(state, slots, numbers, seq_lens, limits, pending, k, table, mask_id, last_position, branch=False) -> StepInputs:
@@ -188,9 +221,13 @@ def load_reference(state, slots, numbers, seq_lens, limits, pending, k, table, m
     return StepInputs(tokens, positions.clamp(max=last_position), kv, positions, index, drafts, counts, clean, forks, state.log_q[slots, :k])
 
 
-def store_reference(state, slots, numbers, seq_lens, accept_lens, drafts, counts, clean, log_q) -> None:
+def store_reference(state, slots, numbers, seq_lens, drafts, counts, clean, log_q, verified=None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`store` in plain torch."""
-    k = drafts.shape[1]
+    k, lengths, figures = drafts.shape[1], seq_lens, None
+    if verified is not None:
+        lengths = seq_lens + verified.accept_lens
+        figures = torch.stack([verified.counts, verified.accept_lens - 1, verified.introspection, verified.clean], dim=1)
     state.drafts[slots, :k], state.log_q[slots, :k] = drafts, log_q
     state.counts[slots], state.clean_counts[slots], state.numbers[slots] = counts.long(), clean.long(), numbers.long()
-    state.lengths[slots] = seq_lens.long() + accept_lens.long()
+    state.lengths[slots] = lengths.long()
+    return lengths, figures

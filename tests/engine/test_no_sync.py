@@ -144,7 +144,8 @@ def test_survivors_are_a_chain_in_a_prompts_forward_that_takes_no_mask():
 def test_a_step_by_kernels_reads_nothing_back(device, rejection, monkeypatch):
     launched = []
     result, _ = step(device, rejection, monkeypatch, BRANCH, TRITON, launched)
-    assert launched == ["_scan", "_join", "_cut", "_collect", "_select", *["_residual"] * rejection, "_commit", *["_write"] * rejection]
+    drawn = ["_scan", "_join", "_cut", "_collect", "_select", *["_residual"] * rejection, "_commit", *["_write"] * rejection]
+    assert launched == ["_load", *drawn, "_store"]
     assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.next_token_ids.device.type == device
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from idlm_kernels import noise, slots
-from idlm_kernels.rows import Rows, step_rows
+from idlm_kernels.rows import Rows
 from idlm_kernels.step import isd_step
 
 
@@ -21,8 +21,7 @@ def launch_all(device: str, dtype: torch.dtype, terms: bool, batch: int = 64, k:
     logits = empty(batch, width, vocab, dtype=dtype)
     bias = empty(batch, vocab, dtype=torch.float32) if terms else None
     bitmask = empty(batch, width, (vocab + 31) // 32, dtype=torch.int32) if terms else None
-    index, positions = step_rows(inputs.counts, ids, k)
-    rows = Rows(logits, index, positions, bias, bitmask)
+    rows = Rows(logits, inputs.index, inputs.positions, bias, bitmask)
     for truncated, rejection in ((False, False), (True, True)):
         f32 = dict(dtype=torch.float32)
         sampling = SimpleNamespace(
@@ -31,5 +30,7 @@ def launch_all(device: str, dtype: torch.dtype, terms: bool, batch: int = 64, k:
         )  # fmt: skip
         q = empty(batch + 1, k, vocab, **f32) if rejection else None
         verified, _ = isd_step(rows, sampling, inputs.drafts, inputs.counts, inputs.log_q, ids, q, ids, inputs.forks, truncated)
-    slots.store(state, ids, ids, ids, verified.accept_lens, verified.drafts, verified.counts, verified.clean, verified.log_q)
-    noise.gumbel(ids[:1], positions[:1], vocab)
+    kept = verified.drafts, verified.counts, verified.clean, verified.log_q
+    slots.store(state, ids, ids, ids, *kept)
+    slots.store(state, ids, ids, ids, *kept, slots.Round(inputs.counts, inputs.clean, verified.accept_lens, verified.introspection))
+    noise.gumbel(ids[:1], inputs.positions[:1], vocab)

@@ -59,15 +59,20 @@ def test_inputs_are_those_of_layout_state_and_page_table(k, branch, device):
 
 
 def test_what_is_stored_comes_back_to_the_same_request_at_its_new_length_only(device):
+    """Drafts of a step, and of none: as in plain torch, with the step's figures."""
     state, plain = state_of(device), state_of(device)
     at, numbers, seq_lens, limits, pending, table = batch_of(device)
     random = torch.Generator().manual_seed(2)
     drafts, log_q = torch.randint(4, 99, (6, 2), generator=random).to(device), torch.randn(6, 2, generator=random).to(device)
     counts, accept_lens = torch.tensor([2, 0, 2, 1, 2, 2], device=device), torch.tensor([1, 3, 2, 1, 1, 2], dtype=torch.int32, device=device)
-    slots.store(state, at, numbers, seq_lens, accept_lens, drafts, counts, counts // 2, log_q)
-    slots.store_reference(plain, at, numbers, seq_lens, accept_lens, drafts, counts, counts // 2, log_q)
-    for name in KEPT:
-        assert torch.equal(getattr(state, name), getattr(plain, name)), name
+    verified = slots.Round(counts.flip(0), counts.flip(0) // 2, accept_lens, torch.rand(6, generator=random).to(device))
+    for of in (None, verified):
+        arguments = (at, numbers, seq_lens, drafts, counts, counts // 2, log_q, of)
+        (lengths, figures), (want_lengths, want_figures) = slots.store(state, *arguments), slots.store_reference(plain, *arguments)
+        for name in KEPT:
+            assert torch.equal(getattr(state, name), getattr(plain, name)), name
+        assert torch.equal(lengths, want_lengths) and lengths.dtype == seq_lens.dtype
+        assert figures is want_figures is None if of is None else torch.equal(figures, want_figures)
     many = torch.full((6,), 3, device=device)
     again = lambda numbers, lengths: slots.load(state, at, numbers, lengths, many, pending, 2, table, MASK, 41)
     back = again(numbers, seq_lens + accept_lens)
@@ -79,3 +84,14 @@ def test_more_drafts_than_a_slot_keeps_are_refused(device):
     at, numbers, seq_lens, limits, pending, table = batch_of(device)
     with pytest.raises(ValueError, match="4 drafts of slots that keep 3"):
         slots.load(state_of(device), at, numbers, seq_lens, limits, pending, 4, table, MASK, 41)
+
+
+def test_inputs_that_do_not_lie_side_by_side_are_read_where_they_lie(device):
+    """SGLang's page table may be part of a larger one, and numbers a column of a table."""
+    state, (at, numbers, seq_lens, limits, pending, table) = state_of(device), batch_of(device)
+    want = slots.load_reference(state, at, numbers, seq_lens, limits, pending, 3, table, MASK, 41)
+    part = torch.cat((table, table + 7), dim=1)[:, : table.shape[1]]
+    at, numbers, seq_lens, limits, pending = (column[:, None].expand(-1, 2).contiguous()[:, 0] for column in (at, numbers, seq_lens, limits, pending))
+    got = slots.load(state, at, numbers, seq_lens, limits, pending, 3, part, MASK, 41)
+    for name in vars(want):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name

@@ -3,6 +3,7 @@
 Everything is the worker's as it is (state, penalties, grammars, rows) but the model's forward, whose logits are made up.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from idlm_sglang.engine.requests import STRIDED, BatchRows, RequestPlan
 from idlm_sglang.engine.sampler import TokenKeyedSampler
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.state import SlotState
+from idlm_sglang.engine.step_inputs import Layout, Requests
 from idlm_sglang.engine.step_ops import TritonOps, step_ops
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.warm import first_drafts
@@ -190,9 +192,10 @@ def test_the_sampler_draws_what_a_cold_step_commits(kind, device):
     count, seq_lens = len(params), torch.arange(5, 5 + len(params), device=device)
     logits = random_logits(count, 2 * K + 1, 300, 8, device)
     none = torch.zeros(count, dtype=torch.int64, device=device)
-    carried = SimpleNamespace(drafts=none[:, None].expand(-1, K).contiguous(), counts=none, log_q=torch.zeros(count, K, device=device), q=None)
-    state = SlotState(count + 1, K, 300, False, device)
-    step = ops.step(logits.clone(), carried, none + K, seq_lens, rows, none, True, state, none)
+    requests = Requests(SlotState(count + 1, K, 300, False, device), none + torch.arange(1, count + 1, device=device), none, seq_lens, none + K)
+    table = torch.zeros(count + 1, COLUMNS, dtype=torch.int32, device=device)
+    inputs = ops.load(requests, Layout(K, CHAIN, none, table, MASK, COLUMNS - 1), False)
+    step = ops.step(logits.clone(), requests, inputs, rows, True)
     sampler, single = TokenKeyedSampler.__new__(TokenKeyedSampler), logits[:, 0].clone()
     torch.nn.Module.__init__(sampler)
     sampler._ops = ops
@@ -206,7 +209,7 @@ def test_the_sampler_draws_what_a_cold_step_commits(kind, device):
     tokens, _ = sampler._sample_from_probs(single, info, seq_lens.to(torch.int32), False)
     assert torch.equal(tokens, step.last) and (step.accept_lens == 1).all()
     # The drafts of that step, drawn by the rows that `first` knows as those behind a prompt one token longer.
-    first = ops.first(logits[:, 1 : K + 1].clone(), none + K, seq_lens + 1, rows, state, none)
+    first = ops.first(logits[:, 1 : K + 1].clone(), replace(requests, seq_lens=seq_lens + 1), rows)
     assert torch.equal(first.drafts, step.proposal.drafts) and torch.equal(first.counts, step.proposal.counts)
     assert torch.equal(first.log_q, step.proposal.log_q)
 
@@ -224,8 +227,8 @@ def test_a_wrong_kernel_step_is_noticed(tokenizer, device, monkeypatch):
     """The steps are compared in earnest: q of the wrong slots is enough."""
     step = TritonOps.step
 
-    def elsewhere(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots):
-        return step(self, logits, carried, limits, seq_lens, rows, forks, salvage, state, slots.flip(0))
+    def elsewhere(self, logits, requests, *rest):
+        return step(self, logits, replace(requests, slots=requests.slots.flip(0)), *rest)
 
     monkeypatch.setattr(TritonOps, "step", elsewhere)
     with pytest.raises(AssertionError):
