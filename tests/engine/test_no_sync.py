@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from idlm_sglang.config import BRANCH, CHAIN, OFF, TORCH, TRITON, Settings
@@ -103,6 +104,22 @@ def fake_batch(device):
     )
 
 
+class Launches(TorchDispatchMode):
+    """Notes the names of torch's operations that run on the device: no views, no memory that stays unwritten, no constants of the host."""
+
+    NONE = ("device", "detach", "view", "empty", "empty_like", "scalar_tensor")
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.NONE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
 def step(device, rejection, monkeypatch, salvage=OFF, kind=TORCH, launched=None):
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **_: launched.append(kernel.__name__))
 
@@ -147,6 +164,27 @@ def test_a_step_by_kernels_reads_nothing_back(device, rejection, monkeypatch):
     drawn = ["_scan", "_join", "_cut", "_collect", "_select", *["_residual"] * rejection, "_commit", *["_write"] * rejection]
     assert launched == ["_load", *drawn, "_store"]
     assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.next_token_ids.device.type == device
+
+
+@pytest.mark.parametrize("salvage, more", [(OFF, 0), (CHAIN, 0), (BRANCH, 7)])
+def test_around_the_forward_a_step_by_kernels_launches_nothing_else(salvage, more, monkeypatch):
+    """Requests without penalties, bias, logprobs and adapter. A branch round's mask for attention is torch's."""
+    counts = {}
+    for kind in (TORCH, TRITON):
+        launched = []
+        monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **_: launched.append(kernel))
+        monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+        with FakeTensorMode(allow_non_fake_inputs=False):
+            logits = torch.zeros(BATCH * (2 * K + 1), VOCAB, device="cuda")
+            worker, batch, rows = fake_worker("cuda", logits, salvage, kind), fake_batch("cuda"), fake_rows("cuda", True)
+            worker.gate, rows.penalised, batch.sampling_info.logit_bias = Gate(adapted=False), None, None
+            out = SimpleNamespace(logits_output=None, can_run_cuda_graph=False, expert_distribution_metrics=None)
+            with Launches(launched):
+                before = StridedStep(worker, batch, rows, salvage)
+                before.finish(out, logits.view(BATCH, 2 * K + 1, VOCAB))
+        counts[kind] = [name for name in launched if isinstance(name, str)]
+        print(f"salvage {salvage}, {kind}: {len(counts[kind])} torch operations, {len(launched) - len(counts[kind])} kernels")
+    assert len(counts[TORCH]) > 100 and len(counts[TRITON]) == more, counts[TRITON]
 
 
 def test_a_read_between_launches_is_noticed(monkeypatch):

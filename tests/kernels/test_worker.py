@@ -34,6 +34,7 @@ from tests.kernels.test_step import RULES
 
 VOCAB, MASK, K, SLOTS, COLUMNS = 1024, 3, 2, 12, 96
 PROMPT = 10
+FORCED = 97  # "~", which no other token begins with
 SAMPLED = dict(temperature=1.0, top_k=TOP_K_OFF, top_p=1.0, min_p=0.0)
 PENALTIES = dict(frequency_penalty=0.6, presence_penalty=0.8, repetition_penalty=1.3, min_new_tokens=5)
 
@@ -62,6 +63,8 @@ def mixture(tokenizer) -> list:
         request(5, temperature=1.2, min_p=0.05, limit=2, **PENALTIES),
         request(6, grammar=xgrammar_object(tokenizer, "[a-f]{2,30}")),
         request(7, top_k=1, **PENALTIES),
+        # Its first drafts are forced, in place of those that the MASK rows drew.
+        request(8, grammar=xgrammar_object(tokenizer, "~{3}[a-f]{2,30}")),
     ]
 
 
@@ -75,11 +78,11 @@ class Arm:
         worker.settings = Settings(stride=K + 1, max_stride=K + 2, auto=False, salvage=salvage)
         worker.state = SlotState(SLOTS, K + 1, VOCAB, True, device)
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
-        worker.req_to_token = torch.zeros(SLOTS, COLUMNS, dtype=torch.int32, device=device)
+        worker.req_to_token = torch.randint(1, 9999, (SLOTS, COLUMNS), generator=torch.Generator().manual_seed(3)).int().to(device)
         worker.gate, worker.masks = Gate(adapted=False), BranchMask(device) if salvage == BRANCH else None
         worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
         self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
-        self.rows = BatchRows(reqs, [req.idlm_plan for req in reqs], worker.settings, K + 1, VOCAB, device)
+        self.at_stride(K + 1)
         params = [req.sampling_params for req in reqs]
         column = lambda name, dtype: torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
         info = SimpleNamespace(
@@ -95,9 +98,12 @@ class Arm:
         )  # fmt: skip
         worker.counts.restart(self.batch.req_pool_indices, [[40, 50, 50] for _ in reqs])
 
+    def at_stride(self, stride: int) -> None:
+        self.rows = BatchRows(self.reqs, [req.idlm_plan for req in self.reqs], self.worker.settings, stride, VOCAB, self.device)
+
     def first(self, logits: torch.Tensor) -> None:
-        rows = list(range(0, len(self.reqs), 2))
-        first_drafts(self.worker, self.batch, rows, self.rows, logits[: len(rows), :K].reshape(len(rows) * K, VOCAB).to(self.device))
+        rows, k = list(range(0, len(self.reqs), 2)), self.rows.drafts
+        first_drafts(self.worker, self.batch, rows, self.rows, logits[: len(rows), :k].reshape(len(rows) * k, VOCAB).to(self.device))
 
     def prepare(self, logits: torch.Tensor) -> None:
         """The next forward gives these logits ``(B, 2K + 1, V)``."""
@@ -106,15 +112,16 @@ class Arm:
 
     def run(self):
         step = StridedStep(self.worker, self.batch, self.rows, self.salvage)
+        self.inputs = [part for part in (step.tokens, step.positions, step.places, step.visible) if part is not None]
         return step.finish(*step.verify())
 
     def step(self, logits: torch.Tensor) -> tuple[list[list[int]], torch.Tensor]:
         """Committed tokens by request, and the step's figures."""
-        count = len(self.reqs)
+        count, k = len(self.reqs), self.rows.drafts
         self.prepare(logits)
         result = self.run()
         lens = result.accept_lens.tolist()
-        tokens = [row[:n] for row, n in zip(result.next_token_ids.view(count, K + 1).tolist(), lens)]
+        tokens = [row[:n] for row, n in zip(result.next_token_ids.view(count, k + 1).tolist(), lens)]
         for req, committed in zip(self.reqs, tokens):
             if req.grammar is not None:
                 for token in committed:
@@ -134,6 +141,20 @@ class Arm:
         return found, torch.cat(real)
 
 
+CLOSE = dict(rtol=1e-5, atol=2e-6)
+
+
+def assert_equal_arms(plain: Arm, kernels: Arm) -> None:
+    """What the last step put into the forward, and what is kept for the next one."""
+    for want, got in zip(plain.inputs, kernels.inputs, strict=True):
+        assert torch.equal(want, got) and want.dtype == got.dtype and got.is_contiguous()
+    (want, want_real), (got, got_real) = plain.carried(), kernels.carried()
+    assert got == want
+    torch.testing.assert_close(got_real, want_real, **CLOSE)
+    assert torch.equal(plain.batch.seq_lens, kernels.batch.seq_lens) and kernels.batch.seq_lens.dtype == torch.int64
+    assert torch.equal(plain.worker.counts.counts, kernels.worker.counts.counts)
+
+
 @pytest.mark.parametrize("salvage", [OFF, BRANCH, CHAIN])
 def test_both_kinds_of_ops_take_the_worker_through_the_same_steps(salvage, tokenizer, device, monkeypatch):
     """Warm first drafts for every other request, then steps that accept some drafts and reject some, by every rule side by side."""
@@ -143,7 +164,6 @@ def test_both_kinds_of_ops_take_the_worker_through_the_same_steps(salvage, token
     count, accepted, rejected = len(arms[0].reqs), 0, 0
     # What all rows have in common makes drafts good; the rest makes some fall.
     common = torch.randn(VOCAB, generator=random) * 3
-    close = dict(rtol=1e-5, atol=2e-6)
     for number in range(2):
         logits = common + torch.randn(count, 2 * K + 1, VOCAB, generator=random) * 0.6
         logits[..., MASK] = float("-inf")
@@ -152,18 +172,60 @@ def test_both_kinds_of_ops_take_the_worker_through_the_same_steps(salvage, token
                 arm.first(logits)
             (plain, plain_real), (kernels, kernels_real) = (arm.carried() for arm in arms)
             assert plain == kernels and any(drafts for *_, drafts in plain)
-            torch.testing.assert_close(kernels_real, plain_real, **close)
+            torch.testing.assert_close(kernels_real, plain_real, **CLOSE)
         (want, stats), (got, kernel_stats) = (arm.step(logits) for arm in arms)
         assert got == want
         torch.testing.assert_close(kernel_stats, stats, rtol=1e-5, atol=1e-5)
-        (plain, plain_real), (kernels, kernels_real) = (arm.carried() for arm in arms)
-        assert kernels == plain
-        torch.testing.assert_close(kernels_real, plain_real, **close)
-        assert torch.equal(arms[0].worker.counts.counts, arms[1].worker.counts.counts)
+        assert_equal_arms(*arms)
+        assert number or want[-1] == [FORCED] * (K + 1), "forced drafts stand"
         accepted += sum(len(tokens) - 1 for tokens in want)
         rejected += int((stats[:, 1] < stats[:, 0]).sum())
     print(f"salvage {salvage}: {accepted} drafts accepted, {rejected} rounds ended by a rejection")
     assert accepted >= 5 and rejected >= 3
+
+
+@pytest.mark.parametrize("salvage", [CHAIN, BRANCH])
+def test_drafts_follow_their_request_through_strides_and_leave_it_with_its_length(salvage, tokenizer, device, monkeypatch):
+    """A wider, a narrower, and again a wider stride; then a slot with another request, and a request that was retracted and came back longer."""
+    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+    random, widest = torch.Generator().manual_seed(4), K + 2
+    common = torch.randn(VOCAB, generator=random) * 4
+
+    def requests():
+        return [
+            request(1, top_k=1), request(2, temperature=0.8), request(3, coupled=False), request(4, top_k=1),
+            request(5, grammar=xgrammar_object(tokenizer, "[a-f]{1}~{4}[a-f]{2,30}")),
+        ]  # fmt: skip
+
+    arms = [Arm(kind, requests(), salvage, device) for kind in (TORCH, TRITON)]
+    for arm in arms:
+        # Some rows stand behind the end of the context.
+        arm.worker.last_position = PROMPT + 9
+    tried = []
+    for number, stride in enumerate((widest, 2, widest, widest)):
+        logits = common + torch.randn(len(arms[0].reqs), 2 * stride - 1, VOCAB, generator=random) * 0.4
+        logits[..., MASK] = float("-inf")
+        kept = [len(drafts) for _, _, drafts in arms[0].carried()[0]]
+        if number == 3:
+            kept[:2] = 0, 0
+        for arm in arms:
+            arm.at_stride(stride)
+            if number == 0:
+                arm.first(logits)
+            if number == 3:
+                arm.reqs[0] = request(9, top_k=1)
+                arm.batch.seq_lens = arm.batch.seq_lens + torch.tensor([0, 1, 0, 0, 0], device=device)
+                arm.at_stride(stride)
+        (want, stats), (got, kernel_stats) = (arm.step(logits) for arm in arms)
+        assert got == want
+        torch.testing.assert_close(kernel_stats, stats, rtol=1e-5, atol=1e-5)
+        assert_equal_arms(*arms)
+        if number:
+            # What the grammar makes of the last request's drafts is not what was kept.
+            assert kernel_stats[:4, 0].tolist() == [min(count, stride - 1) for count in kept[:4]]
+            tried.append(kernel_stats[:4, 0].tolist())
+    print(f"salvage {salvage}: drafts tried by request at strides 2, {widest}, {widest}: {tried}")
+    assert max(tried[0]) == 1 and tried[2][:2] == [0, 0] and max(tried[2]) == widest - 1
 
 
 def rows_with(params: list, device: str) -> SamplingRows:
