@@ -46,6 +46,7 @@ class Gate:
         self.adapted = adapted
         self.rows: torch.Tensor | None = None
         self._buffer: torch.Tensor | None = None
+        self._cold: dict[int, torch.Tensor] = {}
 
     def reserve(self, rows: int, device) -> None:
         """Room for the most rows that a forward gates."""
@@ -75,9 +76,12 @@ class Gate:
         """
         if not self.adapted:
             return self.on(counts)
-        starts = first + torch.arange(len(counts), device=counts.device) * (2 * k + 1)
-        rows = (starts[:, None] + mask_rows(counts, k)).flatten()
-        return self.on(rows if others is None else torch.cat((others, rows)))
+        # What does not depend on the drafts is kept: a step then takes one sum and one copy.
+        if k not in self._cold or len(self._cold[k]) < len(counts):
+            self._cold[k] = self.padding(len(counts), k, counts.device).view(-1, k)
+        rows = self._cold[k][: len(counts)] + counts[:, None]
+        rows = rows + first if first else rows
+        return self.on(rows if others is None else torch.cat((others, rows.flatten())))
 
     # For captured forwards (engine.graphs), whose rows are the buffer's first ones, padding requests included.
 

@@ -166,9 +166,9 @@ def test_a_step_by_kernels_reads_nothing_back(device, rejection, monkeypatch):
     assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.next_token_ids.device.type == device
 
 
-@pytest.mark.parametrize("salvage, more", [(OFF, 0), (CHAIN, 0), (BRANCH, 7)])
-def test_around_the_forward_a_step_by_kernels_launches_nothing_else(salvage, more, monkeypatch):
-    """Requests without penalties, bias, logprobs and adapter. A branch round's mask for attention is torch's."""
+@pytest.mark.parametrize("salvage, adapted, more", [(OFF, False, 0), (CHAIN, False, 0), (BRANCH, False, 7), (OFF, True, 2)])
+def test_around_the_forward_a_step_by_kernels_launches_nothing_else(salvage, adapted, more, monkeypatch):
+    """Requests without penalties, bias and logprobs. A branch round's mask for attention is torch's, and so are the row numbers of an adapter."""
     counts = {}
     for kind in (TORCH, TRITON):
         launched = []
@@ -177,13 +177,17 @@ def test_around_the_forward_a_step_by_kernels_launches_nothing_else(salvage, mor
         with FakeTensorMode(allow_non_fake_inputs=False):
             logits = torch.zeros(BATCH * (2 * K + 1), VOCAB, device="cuda")
             worker, batch, rows = fake_worker("cuda", logits, salvage, kind), fake_batch("cuda"), fake_rows("cuda", True)
-            worker.gate, rows.penalised, batch.sampling_info.logit_bias = Gate(adapted=False), None, None
+            worker.gate, rows.penalised, batch.sampling_info.logit_bias = Gate(adapted), None, None
+            worker.gate.reserve(SLOTS * K, "cuda")
             out = SimpleNamespace(logits_output=None, can_run_cuda_graph=False, expert_distribution_metrics=None)
-            with Launches(launched):
-                before = StridedStep(worker, batch, rows, salvage)
-                before.finish(out, logits.view(BATCH, 2 * K + 1, VOCAB))
+            for _ in range(2):
+                launched.clear()
+                with Launches(launched):
+                    made = StridedStep(worker, batch, rows, salvage)
+                    with made.gate():
+                        made.finish(out, logits.view(BATCH, 2 * K + 1, VOCAB))
         counts[kind] = [name for name in launched if isinstance(name, str)]
-        print(f"salvage {salvage}, {kind}: {len(counts[kind])} torch operations, {len(launched) - len(counts[kind])} kernels")
+        print(f"salvage {salvage}{', adapter' * adapted}, {kind}: {len(counts[kind])} torch operations, {len(launched) - len(counts[kind])} kernels")
     assert len(counts[TORCH]) > 100 and len(counts[TRITON]) == more, counts[TRITON]
 
 
