@@ -9,7 +9,7 @@ from idlm_sglang.engine.state import Carried, SlotState
 from idlm_sglang.isd.layout import BRANCH, forks, row_offsets, step_positions, step_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Requests:
     """B requests, where their drafts are kept, and under which stamp.
 
@@ -26,7 +26,7 @@ class Requests:
     limits: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Layout:
     """How the rows of a step are made.
 
@@ -46,9 +46,11 @@ class Layout:
     last_position: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepInputs:
-    """Attributes:
+    """The rows of one step, W = 2K + 1 per request.
+
+    Attributes:
         carried: the drafts that are verified.
         forks: ``(B,)`` integer, how many of them the MASK rows see.
         tokens: ``(B, W)`` int64 input ids. positions: ``(B, W)`` int64, not behind the last of the rotary table. places: ``(B, W)`` int64 KV slots.
