@@ -16,6 +16,9 @@ TOP_K_OFF = 1 << 30
 # NumPy's argmax is several times as fast as one thread of torch's, and has one.
 _THREADS, _FEW = 5, 1 << 20
 
+# Of a large vocabulary a nucleus is a few tokens: on a host so many of the largest are looked at before all are sorted.
+_NUCLEUS, _LARGE = 1 << 10, 1 << 14
+
 
 @dataclass(frozen=True)
 class SamplingRows:
@@ -110,7 +113,20 @@ def support(
         keep = probs >= probs.amax(-1, keepdim=True) * min_p[:, None, None]
         return keep.scatter_(-1, best(probs)[..., None], True)
     vocab = probs.shape[-1]
-    ordered, index = _ordered(probs, vocab if largest_top_k is None else min(largest_top_k, vocab))
+    most = vocab if largest_top_k is None else min(largest_top_k, vocab)
+    if most > _NUCLEUS and vocab >= _LARGE and noise.on_host(probs):
+        keep, index = _kept(probs, top_k, top_p, min_p, _NUCLEUS)
+        # A row keeps the first ones of its order: where it drops one of these it keeps none behind them.
+        truncates = (top_k < vocab) | (top_p < 1) | (min_p > 0)
+        if not (keep[..., -1] & truncates[:, None]).any():
+            return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
+    keep, index = _kept(probs, top_k, top_p, min_p, most)
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
+
+
+def _kept(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the ``most`` largest of each row which survive, and their ids; both ``(B, R, most)``."""
+    ordered, index = _ordered(probs, most)
     # float64: a float32 scan rounds by its shape on CUDA, and the edge of the nucleus would move with the batch.
     before = torch.cumsum(ordered, dim=-1, dtype=torch.float64) - ordered
     rank = torch.arange(ordered.shape[-1], device=probs.device)
@@ -119,7 +135,7 @@ def support(
     keep &= rank < top_k[:, None, None].clamp(min=1)
     keep &= ordered >= ordered[..., :1] * min_p[:, None, None]
     keep[..., 0] = True
-    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
+    return keep, index
 
 
 def target_scores(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
