@@ -126,20 +126,20 @@ def write_tokenizer(at: Path, added: dict[int, str]) -> None:
     (at / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_idlm(at: Path, layers: int) -> Path:
+def write_idlm(at: Path, layers: int, vocab: int = CONFIG["vocab_size"]) -> Path:
     """I-DLM-8B, with remote code that must never run."""
-    write_model(at, CONFIG | {"num_hidden_layers": layers}, ADDED | MASK_TOKEN)
+    write_model(at, CONFIG | {"num_hidden_layers": layers, "vocab_size": vocab}, ADDED | MASK_TOKEN)
     for name in ("configuration_sdar.py", "modeling_sdar.py"):
         (at / name).write_text(TRAP)
     return at
 
 
-def write_risd(at: Path, layers: int) -> tuple[Path, Path]:
+def write_risd(at: Path, layers: int, vocab: int = CONFIG["vocab_size"]) -> tuple[Path, Path]:
     """(Qwen3-8B, the adapter for it: all seven modules, PEFT's own random A and B, its default alpha)."""
     import peft
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    base = write_model(at / BASE, BASE_CONFIG | {"num_hidden_layers": layers}, ADDED)
+    base = write_model(at / BASE, BASE_CONFIG | {"num_hidden_layers": layers, "vocab_size": vocab}, ADDED)
     # The adapter does not touch the vocabulary: a model with next to none is a gigabyte smaller.
     torch.manual_seed(1)
     less = {"num_hidden_layers": layers, "vocab_size": 8, "bos_token_id": None, "eos_token_id": None}
@@ -156,8 +156,9 @@ def main() -> None:
     parser.add_argument("kind", choices=("idlm", "risd"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=CONFIG["vocab_size"], help="less: the layers then have the share of a step that 36 have")
     args = parser.parse_args()
-    {"idlm": write_idlm, "risd": write_risd}[args.kind](args.directory, args.layers)
+    {"idlm": write_idlm, "risd": write_risd}[args.kind](args.directory, args.layers, args.vocab)
 
 
 if __name__ == "__main__":
