@@ -22,7 +22,10 @@ ROLES = {"sglang::scheduler": "scheduler", "sglang::detokenizer": "detokenizer",
 class Served(Server):
     """``idlm serve`` on 127.0.0.1, with the embedded checkpoint unless told otherwise, as a context manager."""
 
-    def __init__(self, name: str, logs: Path, *flags: str, env: dict | None = None, model: str = CHECKPOINT, key: str | None = None, port: int | None = None, most_bytes: int = MOST_BYTES):
+    def __init__(
+        self, name: str, logs: Path, *flags: str, env: dict | None = None, model: str = CHECKPOINT, key: str | None = None, port: int | None = None,
+        most_bytes: int = MOST_BYTES,
+    ):  # fmt: skip
         super().__init__(name, model, logs, env=env)
         # A server reads custom logit processors by the name of the module that they are from: one of these tests.
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), self.env.get("PYTHONPATH")]))
