@@ -21,7 +21,7 @@ STREAM_FINAL = 2  # correction or bonus of the rejection rule
 _MASK32 = 0xFFFFFFFF
 
 # Values that a host makes at a time: what goes through a dozen passes stays in its caches.
-_BLOCK = 1 << 17
+BLOCK = 1 << 17
 
 
 def _mix(x):
@@ -125,7 +125,7 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int, stream: int
     # u is the exponential's survival value: small u gives large noise, where float32 is finest.
     if on_host(seeds):
         keys = _row_keys_on_host(seeds, positions, stream).reshape(2, -1)
-        found, few = torch.empty(keys.shape[1], vocab), max(_BLOCK // vocab, 1)
+        found, few = torch.empty(keys.shape[1], vocab), max(BLOCK // vocab, 1)
         for row in range(0, len(found), few):
             # torch's log1p is vectorised on a CPU in float64 alone.
             found[row : row + few] = _unit(_token_bits(*keys[:, row : row + few], vocab)).neg_().double().log1p_().neg_().float().log_().neg_()

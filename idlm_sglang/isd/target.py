@@ -85,11 +85,19 @@ def _ordered(probs: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor
     if most > vocab // 8:
         ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
         return ordered[..., :most], index[..., :most]
-    # One integer per token, as large as its probability and, among equals, the larger the lower its id: topk alone promises no order of equals.
-    last = torch.arange(vocab - 1, -1, -1, device=probs.device)
-    keys = (probs.contiguous().view(torch.int32).to(torch.int64) << 32) | last
-    index = vocab - 1 - (keys.topk(most).values & 0xFFFFFFFF)
+    flat = probs.contiguous().view(-1, vocab)
+    # A host goes by as many rows as its caches hold.
+    parts = flat.split(max(noise.BLOCK // vocab, 1)) if noise.on_host(probs) else (flat,)
+    index = torch.cat([_largest(part, most) for part in parts]).view(*probs.shape[:-1], most)
     return probs.gather(-1, index), index
+
+
+def _largest(probs: torch.Tensor, most: int) -> torch.Tensor:
+    """The ids ``(R, most)`` of the largest of each row ``(R, V)`` in falling order, equal ones by id."""
+    # One integer per token, as large as its probability and, among equals, the larger the lower its id: topk alone promises no order of equals.
+    last = torch.arange(probs.shape[-1] - 1, -1, -1, device=probs.device)
+    keys = (probs.view(torch.int32).to(torch.int64) << 32) | last
+    return probs.shape[-1] - 1 - (keys.topk(most).values & 0xFFFFFFFF)
 
 
 def support(
