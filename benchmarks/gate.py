@@ -1,10 +1,10 @@
 """Step time with the gated adapter over without it: same base model, batch, stride and context.
 
-    python -m benchmarks.gate [--batch 1 8 32] [--stride 4] [--context 128] [--repeats 5] [--model BASE --adapter ADAPTER]
+    python -m benchmarks.gate [--batch 1 8 32] [--stride 4] [--context 128] [--tokens 64] [--repeats 5] [--model BASE --adapter ADAPTER]
 
 Two `idlm serve --stride N`, one with the adapter, take turns on the same full batches; only steady decode steps count
 (`benchmarks.step_time`). Both run 2N - 1 rows per request. The published figure for an 8B model of rank 128 is 1.12.
-On a machine with neighbours: OMP_NUM_THREADS=1 and `--clock cpu`, processor time of the one thread that does it all.
+A base that names no MASK needs IDLM_MASK_TOKEN_ID in the environment. On a machine with neighbours: OMP_NUM_THREADS=1 and `--clock cpu`, processor time of the one thread that does it all.
 """
 
 import argparse
@@ -31,12 +31,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a request that the measured steps span: fewer for a slow model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=(options.WALL, options.CPU), default=options.WALL)
     parser.add_argument("--model", type=Path, default=RISD_BASE_DIR)
     parser.add_argument("--adapter", type=Path, default=RISD_ADAPTER_DIR)
     args = parser.parse_args()
-    words = ["--model", str(args.model), "--strides", str(args.stride), "--context", str(args.context), "--clock", args.clock, "--method", options.TIMERS]
+    words = ["--model", str(args.model), "--strides", str(args.stride), "--context", str(args.context), "--tokens", str(args.tokens)]
+    words += ["--clock", args.clock, "--method", options.TIMERS]
     without = options.parse([*words, "--batch", *map(str, args.batch), "--", "--dtype", "float32" if args.model == RISD_BASE_DIR else "auto"])
     with_it = replace(without, server_flags=(*without.server_flags, "--idlm-lora", str(args.adapter)))
     with tempfile.TemporaryDirectory(prefix="gate-") as folder, ExitStack() as stack:

@@ -30,11 +30,16 @@ def batch_sizes(largest: int) -> list[int]:
     return sorted(sizes)
 
 
+def more_runs(left: float, step: float, strides: int) -> int:
+    """Further runs of a step that took ``step`` seconds, where ``strides`` have to share the ``left`` ones: steps that are slow waver less."""
+    return max(0, min(_RUNS - 1, int(left / (strides * step))))
+
+
 def measure(worker, strides: tuple[int, ...], largest: int, seconds: float) -> dict[tuple[int, int], float]:
     """Seconds of one decode step by (batch size, stride): the shortest of some runs, forward and drafts included.
 
     The requests' KV lies in slots that nobody owns yet, and their rows of the request table are cleared behind them. All
-    tensor-parallel ranks take part; the first rank's clock ends it behind about ``seconds``, with a batch size complete.
+    tensor-parallel ranks take part; the first rank's clock ends it behind about ``seconds``, with a batch size complete: two steps of each stride, however slow they are.
 
     Args:
         worker: the ISD worker, its pools allocated.
@@ -44,10 +49,14 @@ def measure(worker, strides: tuple[int, ...], largest: int, seconds: float) -> d
     before = worker.stride
     for size in batch_sizes(largest):
         batch = _Batch(worker, size, max(strides))
-        for stride in strides:
+        for place, stride in enumerate(strides):
             worker.set_stride(stride)
+            # The first may compile or allocate.
             batch.step()
-            table[size, stride] = min(batch.step() for _ in range(_RUNS))
+            table[size, stride] = shortest = batch.step()
+            left = seconds - (time.perf_counter() - start)
+            for _ in range(worker.agreed(more_runs(left, shortest, len(strides) - place))):
+                table[size, stride] = min(table[size, stride], batch.step())
         batch.clear()
         if worker.agreed(int(time.perf_counter() - start > seconds)):
             break

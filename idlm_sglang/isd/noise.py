@@ -20,6 +20,9 @@ STREAM_FINAL = 2  # correction or bonus of the rejection rule
 
 _MASK32 = 0xFFFFFFFF
 
+# Values that a host makes at a time: what goes through a dozen passes stays in its caches.
+BLOCK = 1 << 17
+
 
 def _mix(x):
     """A bijective 32-bit finaliser on int64 tensors that hold 32-bit values."""
@@ -121,8 +124,12 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab: int, stream: int
     """
     # u is the exponential's survival value: small u gives large noise, where float32 is finest.
     if on_host(seeds):
-        # torch's log1p is vectorised on a CPU in float64 alone.
-        return _unit(_token_bits(*_row_keys_on_host(seeds, positions, stream), vocab)).neg_().double().log1p_().neg_().float().log_().neg_()
+        keys = _row_keys_on_host(seeds, positions, stream).reshape(2, -1)
+        found, few = torch.empty(keys.shape[1], vocab), max(BLOCK // vocab, 1)
+        for row in range(0, len(found), few):
+            # torch's log1p is vectorised on a CPU in float64 alone.
+            found[row : row + few] = _unit(_token_bits(*keys[:, row : row + few], vocab)).neg_().double().log1p_().neg_().float().log_().neg_()
+        return found.view(*positions.shape, vocab)
     first, second = (key.to(torch.int32)[..., None] for key in _row_keys(seeds, positions, stream))
     token = torch.arange(vocab, device=seeds.device, dtype=torch.int32) * _wrapped(0x9E3779B1)
     bits = _mix_wrapping(_mix_wrapping(token ^ first).bitwise_xor_(second))

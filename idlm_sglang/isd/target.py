@@ -16,6 +16,9 @@ TOP_K_OFF = 1 << 30
 # NumPy's argmax is several times as fast as one thread of torch's, and has one.
 _THREADS, _FEW = 5, 1 << 20
 
+# Of a large vocabulary a nucleus is a few tokens: on a host so many of the largest are looked at before all are sorted.
+_NUCLEUS, _LARGE = 1 << 10, 1 << 14
+
 
 @dataclass(frozen=True)
 class SamplingRows:
@@ -82,11 +85,19 @@ def _ordered(probs: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor
     if most > vocab // 8:
         ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
         return ordered[..., :most], index[..., :most]
-    # One integer per token, as large as its probability and, among equals, the larger the lower its id: topk alone promises no order of equals.
-    last = torch.arange(vocab - 1, -1, -1, device=probs.device)
-    keys = (probs.contiguous().view(torch.int32).to(torch.int64) << 32) | last
-    index = vocab - 1 - (keys.topk(most).values & 0xFFFFFFFF)
+    flat = probs.contiguous().view(-1, vocab)
+    # A host goes by as many rows as its caches hold.
+    parts = flat.split(max(noise.BLOCK // vocab, 1)) if noise.on_host(probs) else (flat,)
+    index = torch.cat([_largest(part, most) for part in parts]).view(*probs.shape[:-1], most)
     return probs.gather(-1, index), index
+
+
+def _largest(probs: torch.Tensor, most: int) -> torch.Tensor:
+    """The ids ``(R, most)`` of the largest of each row ``(R, V)`` in falling order, equal ones by id."""
+    # One integer per token, as large as its probability and, among equals, the larger the lower its id: topk alone promises no order of equals.
+    last = torch.arange(probs.shape[-1] - 1, -1, -1, device=probs.device)
+    keys = (probs.view(torch.int32).to(torch.int64) << 32) | last
+    return probs.shape[-1] - 1 - (keys.topk(most).values & 0xFFFFFFFF)
 
 
 def support(
@@ -110,7 +121,20 @@ def support(
         keep = probs >= probs.amax(-1, keepdim=True) * min_p[:, None, None]
         return keep.scatter_(-1, best(probs)[..., None], True)
     vocab = probs.shape[-1]
-    ordered, index = _ordered(probs, vocab if largest_top_k is None else min(largest_top_k, vocab))
+    most = vocab if largest_top_k is None else min(largest_top_k, vocab)
+    if most > _NUCLEUS and vocab >= _LARGE and noise.on_host(probs):
+        keep, index = _kept(probs, top_k, top_p, min_p, _NUCLEUS)
+        # A row keeps the first ones of its order: where it drops one of these it keeps none behind them.
+        truncates = (top_k < vocab) | (top_p < 1) | (min_p > 0)
+        if not (keep[..., -1] & truncates[:, None]).any():
+            return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
+    keep, index = _kept(probs, top_k, top_p, min_p, most)
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
+
+
+def _kept(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the ``most`` largest of each row which survive, and their ids; both ``(B, R, most)``."""
+    ordered, index = _ordered(probs, most)
     # float64: a float32 scan rounds by its shape on CUDA, and the edge of the nucleus would move with the batch.
     before = torch.cumsum(ordered, dim=-1, dtype=torch.float64) - ordered
     rank = torch.arange(ordered.shape[-1], device=probs.device)
@@ -119,7 +143,7 @@ def support(
     keep &= rank < top_k[:, None, None].clamp(min=1)
     keep &= ordered >= ordered[..., :1] * min_p[:, None, None]
     keep[..., 0] = True
-    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, keep)
+    return keep, index
 
 
 def target_scores(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

@@ -8,7 +8,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from idlm_sglang.compat import reserve as compat_reserve
 from idlm_sglang.config import Settings
-from idlm_sglang.engine.calibrate import batch_sizes
+from idlm_sglang.engine.calibrate import batch_sizes, more_runs
 from idlm_sglang.engine.clock import StepClock
 from idlm_sglang.engine.requests import SINGLE, STRIDED, RequestPlan, stride_limit
 from idlm_sglang.engine.worker import IsdWorker
@@ -121,4 +121,5 @@ def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept()
 
 
 def test_step_times_are_measured_from_one_request_to_as_many_as_run():
+    assert more_runs(5.0, 0.002, 6) == 3 and more_runs(5.0, 0.4, 6) == 2 and more_runs(4.0, 1.0, 6) == 0 and more_runs(-2.0, 0.1, 1) == 0
     assert batch_sizes(64) == [1, 4, 16, 64] and batch_sizes(24) == [1, 4, 16, 24] and batch_sizes(1) == [1]

@@ -13,9 +13,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from idlm_sglang.engine import lora
 from idlm_sglang.isd.layout import mask_rows
 from idlm_sglang.platform.linear import pack_weights
+from tests import published
 
 CONFIG = Qwen3Config(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-HEADS = {"hidden_size": 48, "head_size": 16, "total_num_heads": 4, "total_num_kv_heads": 2, "bias": False}
 # Layer of SGLang's: the modules that it merges, and how they shard.
 LAYERS = {
     ("self_attn", "qkv_proj"): ("q_proj", "k_proj", "v_proj"),
@@ -27,13 +27,14 @@ LAYERS = {
 
 def sglang_layers(original, group):
     """The linear layers of SGLang's Qwen3 as one rank holds them, with the weights of ``original``; and what was made for it."""
-    made = []
+    c, made = original.config, []
+    heads = {"head_size": c.head_dim, "total_num_heads": c.num_attention_heads, "total_num_kv_heads": c.num_key_value_heads}
+    h, f, q, no = c.hidden_size, c.intermediate_size, c.head_dim * c.num_attention_heads, {"bias": False, "params_dtype": c.dtype}
     for layer in original.model.layers:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(linear, "_resolve_linear_group", lambda _: group)
-            attention = {"qkv_proj": linear.QKVParallelLinear(**HEADS), "o_proj": linear.RowParallelLinear(64, 48, bias=False, reduce_results=False)}
-            mlp = {"gate_up_proj": linear.MergedColumnParallelLinear(48, [80, 80], bias=False)}
-            mlp["down_proj"] = linear.RowParallelLinear(80, 48, bias=False, reduce_results=False)
+            attention = {"qkv_proj": linear.QKVParallelLinear(h, **heads, **no), "o_proj": linear.RowParallelLinear(q, h, **no, reduce_results=False)}
+            mlp = {"gate_up_proj": linear.MergedColumnParallelLinear(h, [f, f], **no), "down_proj": linear.RowParallelLinear(f, h, **no, reduce_results=False)}
         blocks = {"self_attn": attention, "mlp": mlp}
         for (block, name), modules in LAYERS.items():
             own = blocks[block][name]
@@ -91,7 +92,7 @@ def attached(original, adapted, group=None, packed=False):
     model = Model(original, group)
     if packed:
         pack_weights(model)
-    gate = lora.attach(model, adapted[1], CONFIG, torch.float32, "cpu")
+    gate = lora.attach(model, adapted[1], original.config, original.dtype, "cpu")
     gate.reserve(256, "cpu")
     return model, gate
 
@@ -106,12 +107,12 @@ def peft_output(peft_model, i, block, modules, x):
     return torch.cat([getattr(owner, module)(x) for module in modules], dim=1)
 
 
-def check_rows(base, gated, wanted, rows):
+def check_rows(base, gated, wanted, rows, atol=2e-5, rtol=1e-5):
     """Rows outside ``rows`` are the base's bit for bit, those inside are what PEFT computes."""
     outside = torch.ones(len(base), dtype=torch.bool)
     outside[rows] = False
     assert torch.equal(base[outside], gated[outside]), "a row that is no MASK row was changed"
-    torch.testing.assert_close(gated[rows], wanted[rows], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(gated[rows], wanted[rows], atol=atol, rtol=rtol)
 
 
 def step_rows(seed):
@@ -139,6 +140,28 @@ def test_base_rows_are_untouched_and_mask_rows_are_peft_s(original, adapted, pac
             assert torch.equal(product(own, x), base), "the adapter outlived its forward"
             checked += len(rows)
     print(f"{checked} gated rows equal PEFT's; every other row bit-identical")
+
+
+@torch.inference_mode()
+def test_base_rows_are_untouched_at_the_published_dimensions(tmp_path):
+    """Width 4096, rank 128, bf16: one layer of Qwen3-8B under an adapter as PEFT writes it."""
+    torch.manual_seed(2)
+    sizes = {k: published.BASE_CONFIG[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")}
+    original = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, num_hidden_layers=1, dtype=torch.bfloat16, **sizes)).to(torch.bfloat16)
+    settings = peft.LoraConfig(r=published.RANK, target_modules=published.MODULES, init_lora_weights=False)
+    adapted = peft.get_peft_model(original, settings, autocast_adapter_dtype=False).eval()
+    adapted.save_pretrained(tmp_path)
+    model, gate = attached(original, (adapted, str(tmp_path)))
+    for seed in range(2):
+        rows, counts, k = step_rows(seed)
+        for i, block, name, own in model.each():
+            x = torch.randn(len(counts) * (2 * k + 1), own.input_size, dtype=torch.bfloat16)
+            base = product(own, x)
+            with gate.masks(counts, k):
+                gated = product(own, x)
+            # Two roundings to eight bits more or fewer than PEFT's, of sums of about 1.
+            check_rows(base, gated, peft_output(adapted, i, block, LAYERS[block, name], x), rows, atol=0.05, rtol=0.02)
+            assert not torch.equal(base[rows], gated[rows])
 
 
 def test_a_step_in_a_prompt_s_forward_is_gated_where_its_rows_stand():

@@ -263,3 +263,14 @@ def test_noise_made_ahead_is_the_noise():
         assert torch.equal(ahead.of(seeds, positions, 40), noise.gumbel(seeds, positions[:, None], 40))
         moves += ahead._noise.shape[1] > 1
     assert moves > 30, "most steps find their noise made"
+
+
+@pytest.mark.parametrize("vocab", [7, 1_003])
+def test_noise_made_in_blocks_is_noise_made_at_once(vocab, monkeypatch):
+    seeds, positions = torch.tensor([5, -3, 2**60]), torch.arange(12).view(3, 4)
+    whole = noise.gumbel(seeds, positions, vocab)
+    for rows in (1, 5, 12):
+        monkeypatch.setattr(noise, "BLOCK", rows * vocab + vocab // 2)
+        assert torch.equal(noise.gumbel(seeds, positions, vocab), whole)
+    assert torch.equal(torch.cat([noise.gumbel(seeds[i : i + 1], positions[i : i + 1], vocab) for i in range(3)]), whole)
+    assert noise.gumbel(seeds, positions[:, :0], vocab).shape == (3, 0, vocab)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from idlm_sglang.isd import target
 from idlm_sglang.isd.target import support, target_scores
 from tests.isd.reference import GREEDY, NEG, OFF, Params, sampling_rows, target_probs
 
@@ -238,9 +239,30 @@ def test_the_ways_around_a_sort_keep_exactly_what_the_sort_keeps(vocab, step):
         rows = sampling_rows(params, torch.arange(len(params)))
         assert rows.min_p_only if params is min_p else rows.largest_top_k == 50
         line = logits[: len(params)]
-        assert torch.equal(target_scores(line, rows), target_scores(line, replace(rows, **changed)))
+        whole = target_scores(line, replace(rows, **changed))
+        assert torch.equal(target_scores(line, rows), whole)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(target.noise, "BLOCK", 3 * vocab)
+            assert torch.equal(target_scores(line, rows), whole)
     mixed = sampling_rows([*small, Params(top_p=0.9)], torch.arange(len(small) + 1))
     assert mixed.largest_top_k is None and not mixed.min_p_only
+
+
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_the_whole_sort(monkeypatch):
+    """Batches whose kept tokens are among the first ones looked at, and batches of which one row's are not."""
+    vocab, ordered, looked = target._LARGE + 3, target._ordered, []
+    monkeypatch.setattr(target, "_ordered", lambda probs, most: looked.append(most) or ordered(probs, most))
+    narrow = [Params(top_p=0.01), Params(temperature=0.2, top_p=0.8), Params(top_p=0.5, min_p=0.9), Params(), GREEDY]
+    for other, enough in ((None, True), (Params(top_p=0.9999), False), (Params(top_p=0.98, min_p=1e-6), False), (Params(top_k=target._NUCLEUS + 1), False)):
+        params = narrow if other is None else [*narrow, other]
+        rows = replace(sampling_rows(params, torch.arange(len(params))), largest_top_k=None)
+        logits = random_logits(len(params), 3, vocab, 7)
+        got, at = target_scores(logits, rows), looked.copy()
+        assert at == [target._NUCLEUS, vocab][: 1 if enough else 2]
+        with monkeypatch.context() as patch:
+            patch.setattr(target, "_NUCLEUS", vocab)
+            assert torch.equal(got, target_scores(logits, rows))
+        looked.clear()
 
 
 def test_the_ways_around_a_sort_never_ask_for_a_value():

@@ -22,7 +22,10 @@ ROLES = {"sglang::scheduler": "scheduler", "sglang::detokenizer": "detokenizer",
 class Served(Server):
     """``idlm serve`` on 127.0.0.1, with the embedded checkpoint unless told otherwise, as a context manager."""
 
-    def __init__(self, name: str, logs: Path, *flags: str, env: dict | None = None, model: str = CHECKPOINT, key: str | None = None, port: int | None = None):
+    def __init__(
+        self, name: str, logs: Path, *flags: str, env: dict | None = None, model: str = CHECKPOINT, key: str | None = None, port: int | None = None,
+        most_bytes: int = MOST_BYTES,
+    ):  # fmt: skip
         super().__init__(name, model, logs, env=env)
         # A server reads custom logit processors by the name of the module that they are from: one of these tests.
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), self.env.get("PYTHONPATH")]))
@@ -31,7 +34,7 @@ class Served(Server):
         self.server_log = logs / f"{name}.server.log"
         words = ["serve", model, "--port", str(self.port), "--sleep-on-idle", "--log-file", str(self.server_log), *flags]
         # A request that makes a process take all memory shall end that process, and not this machine.
-        self.command = ["prlimit", f"--data={MOST_BYTES}", sys.executable, "-m", "idlm_sglang.serving.cli", *words, *(["--api-key", key] if key else [])]
+        self.command = ["prlimit", f"--data={most_bytes}", sys.executable, "-m", "idlm_sglang.serving.cli", *words, *(["--api-key", key] if key else [])]
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def post(self, path: str, body, **kwargs) -> requests.Response:
