@@ -9,10 +9,12 @@ request is all that is written, into a buffer that is kept; what lies between is
 what the host knows. The buffer is sized by the columns that have KV slots, which the host does know and no step goes beyond.
 """
 
+from collections.abc import Callable
+
 import torch
-from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
 from idlm_sglang.config import SettingError
+from idlm_sglang.isd.layout import visible_rows
 
 # A buffer that is too small is replaced by one with so much more room.
 _GROWTH = 1.25
@@ -26,6 +28,8 @@ def check(backend) -> bool:
     """
     if getattr(backend, "hides_new_columns", False):
         return False
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
     # The verify kernels for AMD's gfx95 read no mask.
     chains_only = getattr(backend, "use_verify_splitkv", False) or getattr(backend, "use_verify_shared_kv", False)
     if not isinstance(backend, TritonAttnBackend) or chains_only:
@@ -38,15 +42,35 @@ def columns_of(reqs) -> int:
     return sum(req.kv.kv_allocated_len for req in reqs)
 
 
+def hide(buffer: torch.Tensor, counts: torch.Tensor, forks: torch.Tensor, lengths: torch.Tensor, width: int) -> None:
+    """Write the W x W corner of each request's mask into ``buffer`` ``(bytes,)`` uint8, in plain torch.
+
+    Args:
+        counts, forks: ``(B,)`` integer, drafts of a step, and those that its MASK rows see (``isd.layout``).
+        lengths: ``(B,)`` integer, L.
+        width: W.
+    """
+    lengths = lengths.to(torch.int64)
+    rows = lengths + width
+    start = width * (rows.cumsum(0) - rows) + lengths
+    new = torch.arange(width, device=lengths.device)
+    index = start[:, None, None] + new[:, None] * rows[:, None, None] + new
+    buffer.scatter_(0, index.view(-1), visible_rows(counts, forks, width).tril().to(torch.uint8).view(-1))
+
+
 class BranchMask:
     """The masks of one step after the other, in one buffer.
+
+    Args:
+        hide: what writes them, :func:`hide` or a kernel in its place.
 
     Attributes:
         captured: another buffer, which graphs read: its address does not change. What does not fit is for eager forwards.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, hide: Callable = hide):
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self._hide = hide
         self.captured: torch.Tensor | None = None
         self._fits = 0
 
@@ -59,22 +83,15 @@ class BranchMask:
         """Whether a mask that was written is where graphs read it."""
         return mask is not None and mask is self.captured
 
-    def write(self, visible: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
+    def write(self, counts: torch.Tensor, forks: torch.Tensor, lengths: torch.Tensor, width: int, columns: int) -> torch.Tensor:
         """The mask of a step: ``(bytes,)`` uint8, 1 where a row sees a column.
 
         Args:
-            visible: ``(B, W, W)`` bool, the step's columns that its rows see on top of causality.
-            lengths: ``(B,)`` integer, L.
+            counts, forks, lengths, width: as in :func:`hide`.
             columns: on the host, at least the sum of L + W.
         """
-        width = visible.shape[1]
         buffer = self._of(width * columns)
-        lengths = lengths.to(torch.int64)
-        rows = lengths + width
-        start = width * (rows.cumsum(0) - rows) + lengths
-        new = torch.arange(width, device=lengths.device)
-        index = start[:, None, None] + new[:, None] * rows[:, None, None] + new
-        buffer.scatter_(0, index.view(-1), visible.tril().to(torch.uint8).view(-1))
+        self._hide(buffer, counts, forks, lengths, width)
         return buffer
 
     def _of(self, size: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from idlm_sglang.config import AUTO, TORCH, TRITON, SettingError
+from idlm_sglang.engine.masks import hide
 from idlm_sglang.engine.state import Carried
 from idlm_sglang.engine.step_inputs import Adjust, Layout, Requests, StepInputs, load
 from idlm_sglang.isd import BRANCH, SamplingRows, StepOutcome, first_proposal, isd_step, target_scores
@@ -36,6 +37,9 @@ class StepOps(Protocol):
 
         ``adjust`` is handed the drafts, and the rows are made of those that it returns.
         """
+
+    def hide(self, buffer: torch.Tensor, counts: torch.Tensor, forks: torch.Tensor, lengths: torch.Tensor, width: int) -> None:
+        """`engine.masks.hide`."""
 
     def step(self, logits: torch.Tensor, requests: Requests, inputs: StepInputs, sampling: SamplingRows, salvage: bool) -> StepOutcome:
         """`isd.isd_step` on the drafts of ``inputs``; the next ones' q may be in the slots already, and not in the proposal."""
@@ -68,6 +72,9 @@ class TorchOps:
     def load(self, requests, layout, any_rejection, adjust=None) -> StepInputs:
         return load(requests, layout, any_rejection, adjust)
 
+    def hide(self, buffer, counts, forks, lengths, width) -> None:
+        hide(buffer, counts, forks, lengths, width)
+
     def step(self, logits, requests, inputs, sampling, salvage) -> StepOutcome:
         carried = inputs.carried
         return isd_step(
@@ -98,9 +105,9 @@ class TritonOps:
     """The kernels: compiled on a CUDA GPU, or interpreted on the host under ``TRITON_INTERPRET=1``. q stays in its slots."""
 
     def __init__(self):
-        from idlm_kernels import rows, slots, step
+        from idlm_kernels import masks, rows, slots, step
 
-        self._rows, self._slots, self._step = rows, slots, step
+        self._masks, self._rows, self._slots, self._step = masks, rows, slots, step
         if interpreted():
             logger.warning("idlm: IDLM_STEP_OPS=%s under TRITON_INTERPRET=1: kernels are interpreted on the host, slowly, for tests", TRITON)
 
@@ -111,6 +118,9 @@ class TritonOps:
         # The slots take the changed drafts, under the same stamp: so the same kernel lays these out.
         self._keep(requests, carried.drafts, carried.counts, carried.clean, carried.log_q)
         return self._load(requests, layout)
+
+    def hide(self, buffer, counts, forks, lengths, width) -> None:
+        self._masks.hide(buffer, counts, forks, lengths, width)
 
     def _load(self, requests, layout) -> StepInputs:
         made = self._slots.load(

@@ -32,7 +32,7 @@ class StridedStep:
         tokens: ``(B, W)`` int64, W = 2N - 1.
         positions: ``(B, W)`` int64. Those of rows behind the context's end, which commit nothing, are inside it, too.
         places: ``(B, W)`` int64 KV slots.
-        visible: ``(B, W, W)`` bool, the step's columns that its rows see on top of causality; None: all.
+        visible: ``(B, W, W)`` bool, the step's columns that its rows see on top of causality; None: all, or those that a mask leaves (``engine.masks``).
     """
 
     def __init__(self, worker, batch, rows: BatchRows, salvage: str):
@@ -45,7 +45,8 @@ class StridedStep:
         self._inputs = worker.ops.load(self._requests, layout, rows.any_rejection, None if self._grammars is None else self._adjusted)
         self._carried = self._inputs.carried
         self.tokens, self.positions, self.places = self._inputs.tokens, self._inputs.positions, self._inputs.places
-        self.visible = visible_rows(self._carried.counts, self._inputs.forks, self.width) if salvage == BRANCH else None
+        hides = salvage == BRANCH and worker.masks is None
+        self.visible = visible_rows(self._carried.counts, self._inputs.forks, self.width) if hides else None
 
     def _adjusted(self, carried: Carried) -> Carried:
         carried, failed = self._grammars.adjust(carried)
@@ -58,8 +59,8 @@ class StridedStep:
         worker, batch = self._worker, self._batch
         batch.out_cache_loc = self.places.view(-1)
         mask = None
-        if self.visible is not None and worker.masks is not None:
-            mask = worker.masks.write(self.visible, batch.seq_lens, columns_of(batch.reqs))
+        if self._salvage == BRANCH and worker.masks is not None:
+            mask = worker.masks.write(self._carried.counts, self._inputs.forks, batch.seq_lens, self.width, columns_of(batch.reqs))
         verify = IsdVerifyInput(self.tokens.view(-1), self.positions.view(-1), self.width, custom_mask=mask, new_visible=self.visible)
         forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
         with self.gate():

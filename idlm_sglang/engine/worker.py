@@ -81,7 +81,7 @@ class IsdWorker(BaseSpecWorker):
             raise SettingError(f"the model was loaded as {type(self.model_runner.model).__name__}; allowed: {ARCHITECTURE}")
         self.gate = lora.attach(self.model_runner.model, self.settings.lora, self.model_runner.model_config.hf_config, self.model_runner.dtype, self.device)
         self.model_runner.idlm_gate = self.gate
-        self.masks = self.model_runner.idlm_masks = masks.BranchMask(self.device) if self.settings.salvage == BRANCH else None
+        self.masks = self.model_runner.idlm_masks = masks.BranchMask(self.device, self.ops.hide) if self.settings.salvage == BRANCH else None
         self.vocab = self.model_runner.model_config.vocab_size
         self._most_rows = _LOGITS // (4 * self.vocab)
         self.last_position = self.model_runner.model_config.context_len - 1

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from idlm_kernels import noise, slots
+from idlm_kernels import masks, noise, slots
 from idlm_kernels.rows import Rows
 from idlm_kernels.step import isd_step
 
@@ -33,4 +33,5 @@ def launch_all(device: str, dtype: torch.dtype, terms: bool, batch: int = 64, k:
     kept = verified.drafts, verified.counts, verified.clean, verified.log_q
     slots.store(state, ids, ids, ids, *kept)
     slots.store(state, ids, ids, ids, *kept, slots.Round(inputs.counts, inputs.clean, verified.accept_lens, verified.introspection))
+    masks.hide(empty(batch * width * 4096, dtype=torch.uint8), inputs.counts, inputs.forks, ids, width)
     noise.gumbel(ids[:1], inputs.positions[:1], vocab)

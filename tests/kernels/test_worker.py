@@ -79,7 +79,7 @@ class Arm:
         worker.state = SlotState(SLOTS, K + 1, VOCAB, True, device)
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
         worker.req_to_token = torch.randint(1, 9999, (SLOTS, COLUMNS), generator=torch.Generator().manual_seed(3)).int().to(device)
-        worker.gate, worker.masks = Gate(adapted=False), BranchMask(device) if salvage == BRANCH else None
+        worker.gate, worker.masks = Gate(adapted=False), BranchMask(device, worker.ops.hide) if salvage == BRANCH else None
         worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
         self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
         self.at_stride(K + 1)
