@@ -34,7 +34,7 @@ test: $(STAMP) ## run the tests
 deploy-check: $(STAMP) ## check deploy/ with every tool: prometheus, kubectl, docker compose, unshare, jq (minutes)
 	@IDLM_DEPLOY_CHECK=1 exec "$(BIN)/python" -m pytest tests/deploy $(ARGS)
 
-soak: $(STAMP) ## 20,000 requests under fire, killed processes, hostile requests, a router (about an hour; SOAK_REQUESTS=500 for a short one)
+soak: $(STAMP) ## 20,000 requests under fire, killed processes, hostile requests, a router (about an hour and a half; SOAK_REQUESTS=500 for a short one)
 	@IDLM_SOAK=1 exec "$(BIN)/python" -m pytest tests/soak -s $(ARGS)
 
 bench: $(STAMP) ## compare AR and ISD under load (ARGS=--quick for a first look)
