@@ -4,7 +4,8 @@
 
 Two `idlm serve --stride N`, one with the adapter, take turns on the same full batches; only steady decode steps count
 (`benchmarks.step_time`). Both run 2N - 1 rows per request. The published figure for an 8B model of rank 128 is 1.12.
-A base that names no MASK needs IDLM_MASK_TOKEN_ID in the environment. On a machine with neighbours: OMP_NUM_THREADS=1 and `--clock cpu`, processor time of the one thread that does it all.
+A base that names no MASK needs IDLM_MASK_TOKEN_ID in the environment. On a machine with neighbours: OMP_NUM_THREADS=1 and
+`--clock cpu`, processor time of the one thread that does it all.
 """
 
 import argparse

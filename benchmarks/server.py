@@ -1,7 +1,6 @@
 """`idlm serve` of the embedded checkpoint for a benchmark: started on a free port, ended behind it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import requests
 
+from idlm_sglang.serving.ports import free_port
+
 START_SECONDS = 240
 
 
@@ -18,9 +19,7 @@ START_SECONDS = 240
 def running(flags: list[str], env: dict[str, str] | None = None, log: Path | None = None, radix: bool = False) -> Iterator[str]:
     """The URL of a server that answers, with ``flags`` for `idlm serve` and ``env`` on top of the environment; its log
     goes to ``log``, and it caches prefixes if ``radix``."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), *([] if radix else ["--disable-radix-cache"]), *flags]
     with open(log or os.devnull, "wb") as output:

@@ -1,4 +1,4 @@
-"""Checkpoints of the published dimensions, with few layers and random weights: what nothing here can download.
+"""Checkpoints of the published dimensions, with few layers and random weights.
 
     python -m tests.published idlm DIR [--layers 2]        # I-DLM-8B: config.json, shards, tokenizer and remote code by the published names
     python -m tests.published risd DIR [--layers 2]        # DIR/Qwen3-8B, and DIR/I-DLM-8B-lora-r128 for it, written by peft

@@ -14,6 +14,7 @@ from benchmarks.kernels.harness import LIBRARY, OURS, REFERENCE, Arm, Case, Opti
 from benchmarks.kernels.inputs import BATCHES, QWEN3_VOCAB, SAMPLING, Size, embedded_vocab, peaked_logits, sampling_rows
 from benchmarks.kernels.target import by_row, same_distribution
 from idlm_sglang.isd import noise
+from idlm_sglang.isd.target import host_flags
 
 VARIANTS = ("temperature", "min-p", "paper")
 
@@ -39,6 +40,7 @@ def sampling_info(variant: str, rows) -> SimpleNamespace:
         top_ps=rows.top_p,
         min_ps=rows.min_p,
         idlm_seeds=rows.seed,
+        idlm_flags=host_flags([(top_k, top_p, min_p)] * len(rows.seed)),
         is_all_greedy=False,
         need_top_k_sampling=top_k < 1 << 30,
         need_top_p_sampling=top_p < 1,

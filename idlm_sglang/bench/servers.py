@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import psutil
 import requests
 
 from idlm_sglang.bench.arms import URL, Arm, command
+from idlm_sglang.serving.ports import free_port
 from idlm_sglang.serving.server import end_with_parent
 
 _ORDERLY = 20.0  # seconds for an orderly stop before what is left is killed
@@ -95,7 +95,7 @@ class Servers(ExitStack):
             served = Served(arm, arm.url, None, {})
             served.get("/server_info")
             return served
-        port = _free_port()
+        port = free_port()
         words, environ = command(arm, self._model, self._embedded, self._common, port, self._scratch)
         log = self._logs / f"{arm.name.replace('/', '_')}.log"
         with log.open("wb") as file:
@@ -151,12 +151,6 @@ def _end(process: subprocess.Popen) -> None:
             left.kill()
         except psutil.NoSuchProcess:
             pass
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _reason(log: Path) -> str:

@@ -217,7 +217,8 @@ def main() -> None:
     parser.add_argument("--families", default="", help="measure the answers of these families only (comma-separated)")
     parser.add_argument("--strides", default="2,3,4,8")
     parser.add_argument("--ended", action="store_true", help="leave out prompts whose greedy answer does not end (for the speed)")
-    parser.add_argument("--salvage", default=OFF, help=f"policies behind a rejection, gains over the first (comma-separated: {', '.join(POLICIES)}; +warm: first drafts from the prompt's forward)")
+    parser.add_argument("--salvage", default=OFF,
+                        help=f"policies behind a rejection, gains over the first (comma-separated: {', '.join(POLICIES)}; +warm: first drafts from the prompt's forward)")
     parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
     parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
     parser.add_argument("--seed", type=int, default=1)

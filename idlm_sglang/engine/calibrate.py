@@ -39,7 +39,8 @@ def measure(worker, strides: tuple[int, ...], largest: int, seconds: float) -> d
     """Seconds of one decode step by (batch size, stride): the shortest of some runs, forward and drafts included.
 
     The requests' KV lies in slots that nobody owns yet, and their rows of the request table are cleared behind them. All
-    tensor-parallel ranks take part; the first rank's clock ends it behind about ``seconds``, with a batch size complete: two steps of each stride, however slow they are.
+    tensor-parallel ranks take part; the first rank's clock ends it behind about ``seconds``, with a batch size complete: two steps of
+    each stride, however slow they are.
 
     Args:
         worker: the ISD worker, its pools allocated.

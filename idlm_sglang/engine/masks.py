@@ -30,8 +30,8 @@ def check(backend) -> bool:
         return False
     from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
-    # The verify kernels for AMD's gfx95 read no mask.
-    chains_only = getattr(backend, "use_verify_splitkv", False) or getattr(backend, "use_verify_shared_kv", False)
+    # The verify kernels for AMD's gfx95 read no mask; the one of deterministic inference reads the prefix's part, which is not written.
+    chains_only = any(getattr(backend, name, False) for name in ("use_verify_splitkv", "use_verify_shared_kv", "enable_deterministic"))
     if not isinstance(backend, TritonAttnBackend) or chains_only:
         raise SettingError(f"IDLM_SALVAGE=branch cannot be served with the attention of {type(backend).__name__}; allowed: chain, off")
     return True

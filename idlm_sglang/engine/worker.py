@@ -130,7 +130,7 @@ class IsdWorker(BaseSpecWorker):
 
     def init_cuda_graphs(self):
         if self.masks is not None and not masks.check(self.model_runner.attn_backend):
-            self.masks = None
+            self.masks = self.model_runner.idlm_masks = None
         graphs.ready(self.model_runner, self.settings)
         self.gate.keep_eager(getattr(self.model_runner, "prefill_cuda_graph_runner", None))
 

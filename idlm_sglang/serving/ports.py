@@ -1,9 +1,14 @@
-"""Can a server listen on this address: asked before the model loads, and by `idlm check`."""
+"""Can a server listen on this address: asked before the model loads, and by `idlm check`. And a port for one that starts by itself."""
 
 import errno
+import random
 import socket
+from pathlib import Path
 
 from idlm_sglang.config import SettingError
+
+_LOWEST = 10_000
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def check_port(host: str, port: int) -> None:
@@ -43,3 +48,24 @@ def _holder(port: int) -> str:
     except (OSError, psutil.Error):
         pass
     return ""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on. Below those that the system gives to outgoing connections: one of these may be
+    taken before a server, which starts for half a minute, binds it.
+
+    Raises:
+        OSError: none is left.
+    """
+    first = int(_OUTGOING.read_text().split()[0]) if _OUTGOING.is_file() else 32_768
+    # Not seeded: two processes with one seed would ask for the same ones.
+    ports = list(range(min(_LOWEST, first - 1), first))
+    random.SystemRandom().shuffle(ports)
+    for port in ports:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port from {_LOWEST} to {first - 1}")

@@ -9,10 +9,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _hide(buffer, counts, forks, lengths, batch, width, BATCH: tl.constexpr, ROWS: tl.constexpr):
+def _hide(buffer, size, counts, forks, lengths, width, BATCH: tl.constexpr, ROWS: tl.constexpr):
     request = tl.program_id(0)
     other = tl.arange(0, BATCH)
-    in_front = other < tl.minimum(request, batch)
+    in_front = other < request
     columns_in_front = tl.sum(tl.where(in_front, tl.load(lengths + other, mask=in_front, other=0).to(tl.int64) + width, 0))
     length = tl.load(lengths + request).to(tl.int64)
     count = tl.load(counts + request).to(tl.int64)
@@ -22,7 +22,8 @@ def _hide(buffer, counts, forks, lengths, batch, width, BATCH: tl.constexpr, ROW
     survivor = (column > fork) & (column <= count)
     sees = (column <= row) & ~((row > count) & survivor)
     place = width * columns_in_front + row * (length + width) + length + column
-    tl.store(buffer + place, sees.to(tl.uint8), mask=(row < width) & (column < width))
+    # A length that is wrong must not write into another's memory.
+    tl.store(buffer + place, sees.to(tl.uint8), mask=(row < width) & (column < width) & (place < size))
 
 
 def hide(buffer: torch.Tensor, counts: torch.Tensor, forks: torch.Tensor, lengths: torch.Tensor, width: int) -> None:
@@ -37,7 +38,7 @@ def hide(buffer: torch.Tensor, counts: torch.Tensor, forks: torch.Tensor, length
     if batch:
         counts, forks, lengths = counts.contiguous(), forks.contiguous(), lengths.contiguous()
         _hide[(batch,)](
-            buffer, counts, forks, lengths, batch, width, BATCH=triton.next_power_of_2(batch), ROWS=triton.next_power_of_2(width), num_warps=1
+            buffer, len(buffer), counts, forks, lengths, width, BATCH=triton.next_power_of_2(batch), ROWS=triton.next_power_of_2(width), num_warps=1
         )
 
 

@@ -10,7 +10,8 @@ import requests
 import yaml
 
 from tests.deploy.tools import DEPLOY, RULES, autoscaler_queries, dashboard_queries, rules, thorough, tool
-from tests.server.harness import CHECKPOINT, Server, chat, free_port
+from idlm_sglang.serving.ports import free_port
+from tests.server.harness import CHECKPOINT, Server, chat
 
 NAME = "idlm"  # as the manifests have it: the autoscaler asks by it
 LOAD_SECONDS = 25

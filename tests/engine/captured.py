@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
+from idlm_sglang.isd import visible_rows
 
 STRIDES, SIZES = (4, 1, 2), (1, 2, 4)
 # Requests and stride of each step: padded and unpadded batches, a wider one before a narrower one so that its rows stay behind in
@@ -96,23 +97,33 @@ class Run:
     @contextmanager
     def _attention_compared(self):
         """In here every eager TARGET_VERIFY attention is computed a second time."""
-        backend = self._worker.model_runner.attn_backend
+        backend, masks, marked = self._worker.model_runner.attn_backend, self._worker.masks, []
         forward = backend.forward_extend
 
         def compared(q, k, v, layer, forward_batch, *args, **kwargs):
             out = forward(q, k, v, layer, forward_batch, *args, **kwargs)
-            visible = forward_batch.spec_info.new_visible if forward_batch.forward_mode.is_target_verify() else None
+            verifies = forward_batch.forward_mode.is_target_verify()
+            visible = None if not verifies else marked[-1] if marked else forward_batch.spec_info.new_visible
             if visible is not None:
                 self.hidden += int((~visible).sum())
                 expected = _naive(q, layer, forward_batch, backend, visible)
                 self.attention_apart = max(self.attention_apart, float((out.view(expected.shape) - expected).abs().max()))
             return out
 
+        def write(counts, forks, lengths, width, columns):
+            # By its definition, not as it lies in the buffer.
+            marked.append(visible_rows(counts, forks, width))
+            return type(masks).write(masks, counts, forks, lengths, width, columns)
+
         backend.forward_extend = compared
+        if masks is not None:
+            masks.write = write
         try:
             yield
         finally:
             del backend.forward_extend
+            if masks is not None:
+                del masks.write
 
     def _step(self, size: int, stride: int) -> None:
         from sglang.srt.managers.schedule_batch import ScheduleBatch

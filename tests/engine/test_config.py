@@ -108,11 +108,11 @@ def test_attention_that_takes_no_mask_is_refused_by_name():
 
     def triton(**fields):
         backend = TritonAttnBackend.__new__(TritonAttnBackend)
-        vars(backend).update({"use_verify_splitkv": False, "use_verify_shared_kv": False} | fields)
+        vars(backend).update({"use_verify_splitkv": False, "use_verify_shared_kv": False, "enable_deterministic": False} | fields)
         return backend
 
     assert check(triton()) and not check(SimpleNamespace(hides_new_columns=True))
-    for backend in (triton(use_verify_splitkv=True), triton(use_verify_shared_kv=True), SimpleNamespace()):
+    for backend in (triton(use_verify_splitkv=True), triton(use_verify_shared_kv=True), triton(enable_deterministic=True), SimpleNamespace()):
         with pytest.raises(SettingError, match="the attention of (TritonAttnBackend|SimpleNamespace); allowed: chain, off"):
             check(backend)
 

@@ -95,15 +95,14 @@ def test_the_need_of_the_next_step_is_sglangs_sum(monkeypatch):
     original = vars(ScheduleBatch)["_new_tokens_required_next_decode_spec_v2"]
     original = getattr(original, "__wrapped__", original)
     rng = random.Random(1)
-    for page_size in (1, 16):
-        for ahead in (1, 7, 15):
-            kv = [SimpleNamespace(kv_committed_len=rng.randrange(50), kv_allocated_len=rng.randrange(70)) for _ in range(9)]
-            requests = [SimpleNamespace(kv=part) for part in kv]
-            monkeypatch.setattr(compat_reserve, "is_isd", lambda: True)
-            monkeypatch.setattr(compat_reserve, "columns", lambda reqs, overlap: ahead)
-            monkeypatch.setattr("sglang.srt.managers.schedule_batch.get_alloc_reserve_per_decode", lambda: ahead)
-            batch = SimpleNamespace(enable_overlap=False)
-            assert compat_reserve.need_in_use(original, batch, requests, page_size) == original(batch, requests, page_size)
+    for ahead in (1, 7, 15):
+        kv = [SimpleNamespace(kv_committed_len=rng.randrange(50), kv_allocated_len=rng.randrange(70)) for _ in range(9)]
+        requests = [SimpleNamespace(kv=part) for part in kv]
+        monkeypatch.setattr(compat_reserve, "is_isd", lambda: True)
+        monkeypatch.setattr(compat_reserve, "columns", lambda reqs, overlap: ahead)
+        monkeypatch.setattr("sglang.srt.managers.schedule_batch.get_alloc_reserve_per_decode", lambda: ahead)
+        batch = SimpleNamespace(enable_overlap=False)
+        assert compat_reserve.need_in_use(original, batch, requests, 1) == original(batch, requests, 1)
 
 
 def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept():

@@ -112,7 +112,8 @@ class Arm:
 
     def run(self):
         step = StridedStep(self.worker, self.batch, self.rows, self.salvage)
-        self.inputs = [part for part in (step.tokens, step.positions, step.places, step.visible) if part is not None]
+        # Of counts and forks a branch round's mask is made.
+        self.inputs = [step.tokens, step.positions, step.places, step._carried.counts, step._inputs.forks]
         return step.finish(*step.verify())
 
     def step(self, logits: torch.Tensor) -> tuple[list[list[int]], torch.Tensor]:

@@ -10,7 +10,8 @@ import pytest
 import requests
 from openai import BadRequestError, OpenAI
 
-from tests.server.harness import START_SECONDS, free_port
+from idlm_sglang.serving.ports import free_port
+from tests.server.harness import START_SECONDS
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from idlm_sglang.serving.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """
@@ -23,12 +24,6 @@ from idlm_sglang.serving import cli, launch
 launch.SERVER_MODULE = "tests.serving.fake_server"
 sys.exit(cli.main(["serve", *sys.argv[1:]]))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Command:

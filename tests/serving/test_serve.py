@@ -13,7 +13,7 @@ import psutil
 import pytest
 import requests
 
-from .test_launch import free_port
+from idlm_sglang.serving.ports import free_port
 
 START_SECONDS = 240
 KEY = "open sesame"

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import requests
 
-from tests.server.harness import free_port
+from idlm_sglang.serving.ports import free_port
 from tests.soak.served import Served
 
 CLIENTS = 8
