@@ -14,6 +14,7 @@ from pathlib import Path
 import requests
 
 from idlm_sglang.demo import CHECKPOINT_DIR, corpus
+from idlm_sglang.serving.ports import free_port
 
 CHECKPOINT = str(CHECKPOINT_DIR)
 START_SECONDS = 240
