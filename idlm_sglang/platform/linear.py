@@ -3,9 +3,14 @@
 ``F.linear`` takes MKL's GEMM, which leaves AVX-512 aside on processors that are not Intel's and packs the weight anew in every
 call. oneDNN does neither. A single row stays a matrix-vector product of MKL, the faster one there.
 
+oneDNN compiles a kernel for each number of rows it meets, which takes several times as long as the product, and forgets the oldest of 1,024. Forwards that take prompts
+along have any number of rows. So the rows are filled up to one of few numbers (:func:`rows_run`), and the kernels of the smaller ones are compiled at start.
+
 SGLang calls ``restore_weights_before_loading`` and ``process_weights_after_loading`` around an update of the weights from disk or in
 several parts; behind the others ``compat`` calls :func:`pack_again`. So the packed copy never outlives the weight it was made from.
 """
+
+import time
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
@@ -14,6 +19,32 @@ from torch.nn.functional import linear
 
 # Packed copies double the memory of the weights. A checkpoint beyond this many bytes keeps the plain product.
 PACKED_BYTES = 1 << 30
+# At start kernels are compiled for so many rows, the fewest first, as far as they come in so many seconds.
+_PREPARED_ROWS, _PREPARING = 256, 2.0
+
+_padded: dict[int, torch.Tensor] = {}  # by width: rows that a product runs on
+
+
+def rows_run(rows: int) -> int:
+    """How many rows a product of ``rows`` runs on: at most a sixteenth more, or 3. There are 124 such numbers up to 4,096."""
+    step = 1 if rows <= 16 else max((1 << (rows - 1).bit_length()) >> 5, 4)
+    return -(-rows // step) * step
+
+
+def _filled_up(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``x`` ``(n, in)`` and rows of whatever behind it, ``(rows, in)``; valid until the next call for the same width."""
+    buffer = _padded.get(x.shape[1])
+    if buffer is None or buffer.shape[0] < rows:
+        # Written inside and outside inference mode alike, so it must not be an inference tensor.
+        with torch.inference_mode(False):
+            buffer = _padded[x.shape[1]] = torch.zeros(max(rows, _PREPARED_ROWS), x.shape[1], dtype=x.dtype)
+    filled = buffer[:rows]
+    filled[: x.shape[0]] = x
+    return filled
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class _Packed:
@@ -27,9 +58,14 @@ class _Packed:
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias`` for ``x`` ``(.., in)`` float32."""
-        if layer.idlm_packed is None or x.numel() == x.shape[-1]:
+        rows = x.numel() // x.shape[-1]
+        if layer.idlm_packed is None or rows <= 1:
             return linear(x, layer.weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, layer.idlm_packed, bias, "none", [], "")
+        run = rows_run(rows)
+        if run == rows:
+            return _product(x, layer.idlm_packed, bias)
+        out = _product(_filled_up(x.reshape(rows, -1), run), layer.idlm_packed, bias)
+        return out[:rows].view(*x.shape[:-1], -1)
 
 
 class PackedLinearMethod(_Packed, UnquantizedLinearMethod):
@@ -55,7 +91,20 @@ def pack_weights(model: nn.Module) -> int:
     for layer in layers:
         layer.quant_method = _REPLACED[type(layer.quant_method)]()
         layer.quant_method.process_weights_after_loading(layer)
+    _compile(layers)
     return total
+
+
+@torch.inference_mode()
+def _compile(layers: list[nn.Module]) -> None:
+    """Run each shape of the layers' products once for the numbers of rows that a server of short prompts meets."""
+    end = time.perf_counter() + _PREPARING
+    shapes = list({layer.weight.shape: layer for layer in layers}.values())
+    for rows in sorted({rows_run(n) for n in range(2, _PREPARED_ROWS + 1)}):
+        for layer in shapes:
+            if time.perf_counter() > end:
+                return
+            layer.quant_method.apply(layer, layer.weight.new_zeros(rows, layer.weight.shape[1]))
 
 
 def pack_again(model: nn.Module) -> None:

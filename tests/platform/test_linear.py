@@ -35,14 +35,38 @@ def model():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 2, 7, 64])
-def test_the_product_is_the_plain_one(model, rows):
-    x, bias = torch.randn(rows, 48), torch.randn(33)
+@pytest.mark.parametrize("shape", [(0,), (1,), (2,), (7,), (17,), (3, 11), (64,), (301,)], ids=str)
+def test_the_product_is_the_plain_one(model, shape):
+    x, bias = torch.randn(*shape, 48), torch.randn(33)
     for layer, b in ((model.proj, bias), (model.proj, None), (model.lm_head, None)):
         exact = (x.double() @ layer.weight.double().T + (0 if b is None else b)).float()
         torch.testing.assert_close(layer.quant_method.apply(layer, x, b), exact, atol=3e-5, rtol=1e-5)
     tokens = torch.tensor([3, 89])
     assert torch.equal(model.lm_head.quant_method.embedding(model.lm_head, tokens), model.lm_head.weight[tokens])
+
+
+@torch.inference_mode()
+def test_rows_behind_those_of_a_product_are_nobodys(model):
+    x = torch.randn(17, 48)
+    plain = model.proj.quant_method.apply(model.proj, x)
+    model.proj.quant_method.apply(model.proj, torch.full((20, 48), float("nan"))[:19])
+    assert torch.equal(model.proj.quant_method.apply(model.proj, x), plain)
+
+
+@torch.inference_mode()
+def test_prompts_of_any_length_meet_few_kernels_the_small_ones_from_the_start(monkeypatch):
+    run, product = set(), linear._product
+    monkeypatch.setattr(linear, "_product", lambda x, packed, bias: run.add((len(x), packed)) or product(x, packed, bias))
+    found = Model()
+    linear.pack_weights(found)
+    prepared = {rows for rows, _ in run}
+    assert len(run) == 2 * len(prepared), "each of the two shapes"
+    for rows in range(2, 4097):
+        found.proj.quant_method.apply(found.proj, torch.zeros(rows, 48))
+        if rows == 256:
+            assert {rows for rows, _ in run} == prepared
+    assert len({rows for rows, _ in run}) == 123
+    assert all(linear.rows_run(n) <= max(n + 3, n * 17 / 16) for n in range(1, 9000))
 
 
 @torch.inference_mode()
