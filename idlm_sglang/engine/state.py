@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm_sglang.isd.propose import Proposal
+from idlm_sglang.isd.tables import StepTables
 
 # Columns of the table in front of the drafts: their count, how many are no survivors, request number, length.
 _DRAFTS = 4
@@ -45,11 +46,18 @@ class SlotState:
         self.drafts = self._table[:, _DRAFTS:]
         self.log_q = torch.zeros(slots, drafts, dtype=torch.float32, device=device)
         self.q = torch.zeros(slots, drafts, vocab, dtype=torch.float32, device=device) if keep_q else None
+        self._tables: dict[int, StepTables] = {}
 
     @staticmethod
     def q_bytes(slots: int, drafts: int, vocab: int) -> int:
         """Memory of q in bytes."""
         return slots * drafts * vocab * 4
+
+    def tables(self, k: int) -> StepTables:
+        """Those of steps with K = ``k`` drafts, made when first asked for."""
+        if k not in self._tables:
+            self._tables[k] = StepTables(k, self.log_q.device)
+        return self._tables[k]
 
     def clear(self, slots: torch.Tensor) -> None:
         """Forget the drafts of ``slots`` ``(B,)``."""

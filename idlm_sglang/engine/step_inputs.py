@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm_sglang.engine.state import Carried, SlotState
-from idlm_sglang.isd.layout import BRANCH, forks, row_offsets, step_positions, step_tokens
+from idlm_sglang.isd.layout import forks
 
 
 @dataclass(slots=True)
@@ -71,17 +71,19 @@ Adjust = Callable[[Carried], Carried]
 
 def load(requests: Requests, layout: Layout, with_q: bool, adjust: Adjust | None) -> StepInputs:
     """The inputs of a step in plain torch. ``with_q``: the drafts' distributions are read."""
-    committed, width = requests.seq_lens, 2 * layout.k + 1
-    carried = requests.state.load(requests.slots, requests.numbers, committed, requests.limits, layout.k, with_q)
+    tables = requests.state.tables(layout.k)
+    carried = requests.state.load(requests.slots, requests.numbers, requests.seq_lens, requests.limits, layout.k, with_q)
     if adjust is not None:
         carried = adjust(carried)
     seen = forks(carried.clean, carried.counts, layout.salvage)
-    columns = step_positions(committed, width)
-    positions = committed[:, None] + row_offsets(carried.counts, seen, width) if layout.salvage == BRANCH else columns
+    rows = tables.rows.index_select(0, tables.pair(carried.counts, seen))
+    source, offsets = rows.split(len(tables.column), dim=1)
+    committed = requests.seq_lens.to(torch.int64)[:, None]
+    masks = tables.column.new_full((1, 1), layout.mask_id).expand(len(rows), 1)
     return StepInputs(
         carried,
         seen,
-        step_tokens(layout.pending, carried.drafts, carried.counts, layout.mask_id),
-        positions.clamp(max=layout.last_position),
-        layout.table[requests.slots[:, None], columns].to(torch.int64),
+        torch.cat([layout.pending[:, None], carried.drafts, masks], dim=1).gather(1, source),
+        (committed + offsets).clamp(max=layout.last_position),
+        layout.table[requests.slots[:, None], committed + tables.column].to(torch.int64),
     )

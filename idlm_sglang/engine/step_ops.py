@@ -76,9 +76,9 @@ class TorchOps:
         hide(buffer, counts, forks, lengths, width)
 
     def step(self, logits, requests, inputs, sampling, salvage) -> StepOutcome:
-        carried = inputs.carried
+        carried, tables = inputs.carried, requests.state.tables(logits.shape[1] // 2)
         return isd_step(
-            logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage
+            logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage, tables
         )
 
     def store(self, requests, inputs, step) -> tuple[torch.Tensor, torch.Tensor]:

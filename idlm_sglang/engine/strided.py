@@ -14,7 +14,7 @@ from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
 from idlm_sglang.engine.state import Carried
 from idlm_sglang.engine.step_inputs import Layout, Requests
-from idlm_sglang.isd import BRANCH, OFF, visible_rows
+from idlm_sglang.isd import BRANCH, OFF
 from idlm_sglang.isd.layout import drafts_in_front
 from idlm_sglang.isd.penalties import penalise
 
@@ -46,7 +46,8 @@ class StridedStep:
         self._carried = self._inputs.carried
         self.tokens, self.positions, self.places = self._inputs.tokens, self._inputs.positions, self._inputs.places
         hides = salvage == BRANCH and worker.masks is None
-        self.visible = visible_rows(self._carried.counts, self._inputs.forks, self.width) if hides else None
+        tables = worker.state.tables(k)
+        self.visible = tables.visible.index_select(0, tables.pair(self._carried.counts, self._inputs.forks)) if hides else None
 
     def _adjusted(self, carried: Carried) -> Carried:
         carried, failed = self._grammars.adjust(carried)

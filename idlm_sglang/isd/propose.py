@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import SamplingRows
 from idlm_sglang.isd.verify import pick, take
 
@@ -59,6 +60,7 @@ def propose(
     forks: torch.Tensor,
     limits: torch.Tensor,
     salvage: bool,
+    tables: StepTables,
 ) -> Proposal:
     """Drafts for the positions behind the token that this step commits last.
 
@@ -69,18 +71,14 @@ def propose(
         run: ``(B,)`` int64, accepted drafts j; forks: ``(B,)`` int64, f of this step.
         limits: ``(B,)`` integer, the most drafts each request may carry (its own stride minus one).
         salvage: keep survivors; otherwise a request whose MASK rows saw a rejected draft takes a cold step next.
+        tables: those of K drafts.
     """
-    k = chosen.shape[1] // 2
-    standing = run >= forks
-    ahead = k - (run - forks).clamp(min=0)
-    counts = torch.minimum(limits.to(torch.int64), ahead)
+    found = tables.next.index_select(0, tables.pair(run, forks))
+    counts, clean = torch.minimum(limits[:, None], found[:, :2]).unbind(1)
     if salvage:
-        entry = run[:, None] + 1 + torch.arange(k, device=run.device)
-        # Entries behind the spine's end are not counted; they only have to be some row.
-        index = torch.where(entry <= forks[:, None], entry, entry - forks[:, None] + k).clamp(max=2 * k)
+        index = found[:, 2:]
     else:
-        index = torch.arange(k + 1, 2 * k + 1, device=run.device).expand(run.shape[0], -1)
-        counts = torch.where(standing, counts, 0)
+        index, counts = tables.column[tables.k + 1 :].expand(run.shape[0], -1), clean
     drafts, q = chosen.gather(1, index), None
     if scores is None:
         log_q = torch.zeros(drafts.shape, device=drafts.device)
@@ -90,4 +88,4 @@ def propose(
             log_q = torch.where(rows.greedy[:, None], 0.0, log_q)
         if rows.any_rejection:
             q = pick(scores, index).exp()
-    return Proposal(drafts, counts, log_q, q, torch.where(standing, counts, 0))
+    return Proposal(drafts, counts, log_q, q, clean)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from idlm_sglang.isd import noise
-from idlm_sglang.isd.layout import mask_rows
 from idlm_sglang.isd.propose import Proposal, propose
+from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import SamplingRows, best, choice, target_scores
 from idlm_sglang.isd.verify import accepted_by_rejection, leading, pick, residual, take, valid_drafts
 
@@ -44,6 +44,7 @@ def isd_step(
     rows: SamplingRows,
     forks: torch.Tensor | None = None,
     salvage: bool = False,
+    tables: StepTables | None = None,
 ) -> StepOutcome:
     """Verify the drafts of a step and draw the next ones.
 
@@ -57,17 +58,18 @@ def isd_step(
         rows: sampling parameters.
         forks: ``(B,)`` integer, drafts that the MASK rows saw; None: all of them (a linear step).
         salvage: a rejection leaves survivors (see :mod:`idlm_sglang.isd.propose`); otherwise a cold step follows it.
+        tables: those of K drafts, on the device of the logits; None: made for this call.
     """
     batch, width, vocab = logits.shape
     k = (width - 1) // 2
     counts = counts.to(torch.int64)
     forks = counts if forks is None else forks.to(torch.int64)
-    column = torch.arange(k + 1, device=logits.device)
-    verifying_rows = column.expand(batch, -1)
-    index = torch.cat([verifying_rows, mask_rows(counts, k)], dim=1)
+    tables = tables or StepTables(k, logits.device)
+    pair = tables.pair(counts, forks)
+    index = tables.reads.index_select(0, pair)
     if rows.any_sampled:
         scores = target_scores(pick(logits, index), rows)
-        positions = seq_lens.to(torch.int64)[:, None] + torch.cat([verifying_rows, mask_rows(forks, k)], dim=1)
+        positions = seq_lens.to(torch.int64)[:, None] + tables.ahead.index_select(0, pair)
         chosen = choice(scores, rows, noise.gumbel(rows.seed, positions, vocab))
         verifying = scores[:, : k + 1]
     else:
@@ -85,7 +87,7 @@ def isd_step(
     valid = valid_drafts(counts, k)
     run = leading(accepted & valid)
 
-    at = run[:, None]
+    at, column = run[:, None], tables.column[:k]
     last = yielded.gather(1, at).squeeze(1)
     if rows.any_rejection:
         row = at[..., None].expand(-1, -1, vocab)
@@ -97,19 +99,23 @@ def isd_step(
         drawn = best(residual(p_row, q_row, run != counts) + g)
         last = torch.where(by_rejection, drawn, last)
 
-    tokens = torch.cat([torch.where(column[:k] < at, drafts, last[:, None]), last[:, None]], dim=1)
+    if rows.any_rejection:
+        tokens = torch.cat([torch.where(column < at, drafts, last[:, None]), last[:, None]], dim=1)
+    else:
+        # Drafts stand where they are what their row yields.
+        tokens = yielded.contiguous()
 
     if rows.any_sampled:
         ratio = (take(verifying[:, :k], drafts) - log_q).clamp(max=0).exp()
         if rows.any_greedy:
             ratio = torch.where(rows.greedy[:, None], match.float(), ratio)
         # Where penalties and grammar together leave no token, p is not defined; the figure must stay a number.
-        introspection = torch.where(valid & (column[:k] <= at), ratio.nan_to_num(0.0), 0.0).sum(1)
+        introspection = torch.where(valid & (column <= at), ratio.nan_to_num(0.0), 0.0).sum(1)
     else:
         # 1 for each draft that is accepted, 0 for the one that is not.
         introspection = run.float()
 
-    proposal = propose(scores, chosen, rows, run, forks, limits, salvage)
+    proposal = propose(scores, chosen, rows, run, forks, limits, salvage, tables)
     return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)
 
 
