@@ -40,7 +40,7 @@ class MaskFreeLogitsProcessor(LogitsProcessor):
     def _get_logits(self, *args, **kwargs) -> torch.Tensor:
         logits = super()._get_logits(*args, **kwargs)
         if self.mask_token_id is not None:
-            logits[..., self.mask_token_id] = float("-inf")
+            logits.select(-1, self.mask_token_id).fill_(float("-inf"))
         return logits
 
 

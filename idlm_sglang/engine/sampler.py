@@ -32,8 +32,8 @@ def give_seeds(batch, info) -> None:
 class TokenKeyedSampler(Sampler):
     """Draws by ``argmax(log p + g)``, g keyed by (seed, position, token id), when the batch carries ``idlm_seeds``."""
 
-    _rows: SamplingRows | None = None
-    _kept: torch.Tensor | None = None
+    # What a batch with keyed noise is drawn from, between the two calls of one sampling.
+    _keyed: tuple[SamplingRows, torch.Tensor] | None = None
 
     def __init__(self, ops: StepOps):
         super().__init__()
@@ -56,8 +56,11 @@ class TokenKeyedSampler(Sampler):
         seeds = getattr(sampling_info, "idlm_seeds", None)
         # Here the logits are still logits; what _sample_from_probs is handed has been through a softmax, whose
         # logarithm differs from the strided worker's scores in the last bits.
-        self._rows = None if seeds is None or sampling_info.is_all_greedy else self._rows_of(sampling_info, seeds)
-        self._kept = None if self._rows is None else self._ops.keep(logits.float()[:, None], self._rows)
+        if seeds is not None and not sampling_info.is_all_greedy:
+            rows = self._rows_of(sampling_info, seeds)
+            self._keyed = rows, self._ops.keep(logits.float()[:, None], rows)
+        elif self._keyed is not None:
+            self._keyed = None
         return logits
 
     @staticmethod
@@ -75,9 +78,9 @@ class TokenKeyedSampler(Sampler):
         )
 
     def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):
-        rows, kept, self._rows, self._kept = self._rows, self._kept, None, None
-        if rows is None:
+        if self._keyed is None:
             return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+        (rows, kept), self._keyed = self._keyed, None
         tokens = self._ops.draw(kept, rows, positions.view(-1))
         masked = sampling_info.sampling_mask_batch_indices
         if masked is None:

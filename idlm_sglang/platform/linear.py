@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 # Packed copies double the memory of the weights. A checkpoint beyond this many bytes keeps the plain product.
 PACKED_BYTES = 1 << 30
 # At start kernels are compiled for so many rows, the fewest first, as far as they come in so many seconds.
-_PREPARED_ROWS, _PREPARING = 256, 2.0
+_PREPARED_ROWS, _PREPARING = 1_024, 2.0
 
 _padded: dict[int, torch.Tensor] = {}  # by width: rows that a product runs on
 
