@@ -43,11 +43,7 @@ def read(path: Path) -> list[Request]:
 
 def built_in(count: int, seed: int) -> list[Request]:
     """Questions that the embedded checkpoint was not trained on. Any chat model can answer them; they are short and easy."""
-    found = []
-    for dialogue in held_out_dialogues(seed, count):
-        system = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
-        found.append({"messages": [*system, {"role": "user", "content": dialogue.turns[0][0]}]})
-    return found
+    return [{"messages": dialogue.question()} for dialogue in held_out_dialogues(seed, count)]
 
 
 def draw(source: list[Request] | None, count: int, repeat: int, seed: int, body: dict) -> list[Request]:

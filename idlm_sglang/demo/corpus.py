@@ -1,6 +1,6 @@
 """Training and held-out dialogues of the embedded checkpoint: text that this package makes itself, from a seed.
 
-Print some with `python -m idlm_sglang.demo.corpus`; with `--jsonl` they are data for `idlm convert`.
+Print some with `python -m idlm_sglang.demo.corpus`; with `--jsonl` they are data for `idlm convert`, with `--questions` requests for `idlm bench --prompts`.
 """
 
 import argparse
@@ -34,6 +34,11 @@ class Dialogue:
     side: str
     system: str | None
     turns: Turns
+
+    def question(self) -> list[dict[str, str]]:
+        """The first question in the OpenAI message format, with the system prompt and without the answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.turns[0][0]}]
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation in the OpenAI message format, answers included."""
@@ -119,10 +124,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="print dialogues that are kept out of training")
-    parser.add_argument("--jsonl", action="store_true", help="in the OpenAI message format, one to a line")
+    parser.add_argument("--family", action="append", choices=[f.name for f in FAMILIES], metavar="NAME", help="held-out dialogues of this kind alone; may be given more than once")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--jsonl", action="store_true", help="in the OpenAI message format, one to a line")
+    shape.add_argument("--questions", action="store_true", help="the same without the answers: each first question once")
     args = parser.parse_args()
+    if args.family and not args.held_out:
+        parser.error("--family needs --held-out: training text holds all of them")
     stream = training_dialogues(args.seed)
-    shown = held_out_dialogues(args.seed, args.count) if args.held_out else [next(stream) for _ in range(args.count)]
+    shown = held_out_dialogues(args.seed, args.count, args.family) if args.held_out else [next(stream) for _ in range(args.count)]
+    if args.questions:
+        print("\n".join(dict.fromkeys(json.dumps({"messages": item.question()}) for item in shown)))
+        return
     for item in shown:
         if args.jsonl:
             print(json.dumps({"messages": item.messages()}))

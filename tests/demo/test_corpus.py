@@ -1,8 +1,11 @@
 """The training text: the same for the same seed, and without any prompt of the held-out sets."""
 
+import json
 import re
 from itertools import islice
 
+from idlm_sglang.bench import prompts
+from idlm_sglang.demo import corpus
 from idlm_sglang.demo.arithmetic import add_steps, subtract_steps
 from idlm_sglang.demo.corpus import FAMILIES, OPENINGS, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING, is_held_out
@@ -73,3 +76,14 @@ def test_worked_sums_are_right():
             assert add_steps(a, b).endswith(f"= {a + b}.")
             if a >= b:
                 assert subtract_steps(a, b).endswith(f"= {a - b}.") and "-0" not in subtract_steps(a, b)
+
+
+def test_questions_of_a_kind_are_requests_for_a_comparison(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["corpus", "--held-out", "--family", "story", "--questions", "--count", "50"])
+    corpus.main()
+    file = tmp_path / "stories.jsonl"
+    file.write_text(capsys.readouterr().out)
+    asked = [request["messages"] for request in prompts.read(file)]
+    stories = {json.dumps(d.question()): d for d in corpus.held_out_dialogues(0, 50, ["story"])}
+    assert [json.dumps(messages) for messages in asked] == list(stories) and {d.family for d in stories.values()} == {"story"}
+    assert all(messages[-1]["role"] == "user" and len(messages) <= 2 for messages in asked), "questions without their answers"
