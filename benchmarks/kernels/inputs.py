@@ -10,6 +10,7 @@ import torch
 from benchmarks.kernels.harness import Options
 from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.isd import SamplingRows, noise, step_positions, target_scores
+from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import host_flags
 
 QWEN3_VOCAB = 151_936
@@ -92,7 +93,7 @@ def sampling_rows(variant: str, batch: int, device: str, coupled: bool = True) -
 
 @dataclass(frozen=True)
 class Step:
-    """The arguments of :func:`idlm_sglang.isd.isd_step`."""
+    """The arguments of :func:`idlm_sglang.isd.isd_step` for a linear step."""
 
     logits: torch.Tensor
     drafts: torch.Tensor
@@ -102,9 +103,11 @@ class Step:
     limits: torch.Tensor
     seq_lens: torch.Tensor
     rows: SamplingRows
+    tables: StepTables
 
     @property
     def arguments(self) -> tuple:
+        """All but the tables."""
         return self.logits, self.drafts, self.counts, self.log_q, self.q, self.limits, self.seq_lens, self.rows
 
 
@@ -123,4 +126,4 @@ def step_of(size: Size, variant: str, device: str, coupled: bool = True) -> Step
         drafts = scores.argmax(-1)
     log_q = scores.gather(-1, drafts[..., None]).squeeze(-1) if rows.any_sampled else torch.zeros(batch, k, device=device)
     full = torch.full((batch,), k, device=device)
-    return Step(logits, drafts, full, log_q, scores.exp() if rows.any_rejection else None, full, seq_lens, rows)
+    return Step(logits, drafts, full, log_q, scores.exp() if rows.any_rejection else None, full, seq_lens, rows, StepTables(k, device))

@@ -13,15 +13,16 @@ from benchmarks.kernels.harness import LIBRARY, OURS, REFERENCE, Arm, Case, Opti
 from benchmarks.kernels.inputs import Size, peaked_logits, sampling_rows, sizes
 from idlm_sglang.isd import noise, step_positions, target_scores
 from idlm_sglang.isd.propose import propose
+from idlm_sglang.isd.tables import StepTables
 
 
-def ours(step_scores: torch.Tensor, rows, positions: torch.Tensor, limits: torch.Tensor):
+def ours(step_scores: torch.Tensor, rows, positions: torch.Tensor, limits: torch.Tensor, tables: StepTables):
     """(drafts, log q, q or None) from the scores of all 2K + 1 rows, the last K of which are MASK rows."""
     k = positions.shape[1]
     scores = step_scores[:, k + 1 :]
     noisy = scores + noise.gumbel(rows.seed, positions, scores.shape[-1]) if rows.any_sampled else scores
     chosen = torch.cat([positions.new_zeros(len(positions), k + 1), noisy.argmax(-1)], dim=1)
-    found = propose(step_scores, chosen, rows, limits, limits, limits, False)
+    found = propose(step_scores, chosen, rows, limits, limits, limits, False, tables)
     return found.drafts, found.log_q, found.q
 
 
@@ -75,9 +76,9 @@ def arms_of(size: Size, rule: str, options: Options) -> list[Arm]:
     step_scores = torch.cat([scores.new_zeros(size.batch, k + 1, size.vocab), scores], dim=1)
     positions = step_positions(torch.arange(size.batch, device=device) * 37 + 100 + size.stride, k)
     limits = torch.full((size.batch,), k, device=device)
-    keep_q = rule == "rejection"
+    keep_q, tables = rule == "rejection", StepTables(k, device)
     arms = [
-        Arm("ours", OURS, lambda: ours(step_scores, rows, positions, limits), check),
+        Arm("ours", OURS, lambda: ours(step_scores, rows, positions, limits, tables), check),
         Arm("loop over rows", REFERENCE, lambda: in_loops(scores, rows, positions, keep_q)),
     ]
     if rule != "greedy":

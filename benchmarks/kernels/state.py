@@ -11,16 +11,21 @@ import torch
 
 from benchmarks.kernels.harness import KERNEL, OURS, REFERENCE, Arm, Case, Options, assert_equal
 from benchmarks.kernels.inputs import MASK, Size, sizes
-from idlm_sglang.isd import step_positions, step_tokens
 from idlm_sglang.isd.propose import Proposal
+from idlm_sglang.isd.tables import StepTables
 
 
 def layout_arms(size: Size, options: Options) -> list[Arm]:
     device, k, width = options.device, size.k, size.width
+    tables = StepTables(k, device)
     pending = torch.randint(4, size.vocab, (size.batch,), device=device)
     drafts = torch.randint(4, size.vocab, (size.batch, k), device=device)
     counts = torch.arange(size.batch, device=device) % (k + 1)
     seq_lens = torch.arange(size.batch, device=device) * 37 + 100
+
+    def ours() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, offsets = tables.laid_out(pending, drafts, tables.pair(counts, counts), MASK)
+        return tokens, seq_lens[:, None] + offsets
 
     def in_loops() -> tuple[torch.Tensor, torch.Tensor]:
         tokens, positions = [], []
@@ -30,7 +35,7 @@ def layout_arms(size: Size, options: Options) -> list[Arm]:
         return torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
 
     return [
-        Arm("ours", OURS, lambda: (step_tokens(pending, drafts, counts, MASK), step_positions(seq_lens, width))),
+        Arm("ours", OURS, ours),
         Arm("loop over requests", REFERENCE, in_loops),
     ]
 

@@ -7,6 +7,7 @@ is not the same text at another stride, and it keeps no log q. "argmax" is the l
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,7 +42,7 @@ def by_request(rule: str, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def ours(step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = isd_step(step.logits.float(), *step.arguments[1:])
+    out = isd_step(step.logits.float(), *step.arguments[1:], tables=step.tables)
     return out.accept_lens.long(), out.last, out.proposal.drafts
 
 
@@ -112,7 +113,7 @@ def check_draw(step: Step):
 def arms_of(size: Size, sampling: str, rule: str, dtype: torch.dtype, options: Options) -> list[Arm]:
     step = step_of(size, sampling, options.device, rule != REJECTION)
     step.logits.copy_(step.logits.to(dtype))
-    typed = Step(step.logits.to(dtype), *step.arguments[1:])
+    typed = replace(step, logits=step.logits.to(dtype))
     arms = [
         Arm("ours", OURS, lambda: ours(typed), check),
         Arm("loop over requests", REFERENCE, lambda: by_request(rule, typed)),

@@ -147,7 +147,7 @@ def check_draw(step: Step, scores: torch.Tensor):
 
 def check_ours(step: Step):
     """Bit for bit the loops' outcome, and `isd_step`'s."""
-    whole = isd_step(*step.arguments)
+    whole = isd_step(*step.arguments, tables=step.tables)
     outcome = (whole.accept_lens.long() - 1, whole.last)
 
     def check(got, want) -> None:

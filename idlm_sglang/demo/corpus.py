@@ -134,7 +134,8 @@ def main() -> None:
     stream = training_dialogues(args.seed)
     shown = held_out_dialogues(args.seed, args.count, args.family) if args.held_out else [next(stream) for _ in range(args.count)]
     if args.questions:
-        print("\n".join(dict.fromkeys(json.dumps({"messages": item.question()}) for item in shown)))
+        for line in dict.fromkeys(json.dumps({"messages": item.question()}) for item in shown):
+            print(line)
         return
     for item in shown:
         if args.jsonl:

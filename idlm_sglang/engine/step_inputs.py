@@ -76,14 +76,12 @@ def load(requests: Requests, layout: Layout, with_q: bool, adjust: Adjust | None
     if adjust is not None:
         carried = adjust(carried)
     seen = forks(carried.clean, carried.counts, layout.salvage)
-    rows = tables.rows.index_select(0, tables.pair(carried.counts, seen))
-    source, offsets = rows.split(len(tables.column), dim=1)
+    tokens, offsets = tables.laid_out(layout.pending, carried.drafts, tables.pair(carried.counts, seen), layout.mask_id)
     committed = requests.seq_lens.to(torch.int64)[:, None]
-    masks = tables.column.new_full((1, 1), layout.mask_id).expand(len(rows), 1)
     return StepInputs(
         carried,
         seen,
-        torch.cat([layout.pending[:, None], carried.drafts, masks], dim=1).gather(1, source),
+        tokens,
         (committed + offsets).clamp(max=layout.last_position),
         layout.table[requests.slots[:, None], committed + tables.column].to(torch.int64),
     )

@@ -46,8 +46,10 @@ class StridedStep:
         self._carried = self._inputs.carried
         self.tokens, self.positions, self.places = self._inputs.tokens, self._inputs.positions, self._inputs.places
         hides = salvage == BRANCH and worker.masks is None
-        tables = worker.state.tables(k)
-        self.visible = tables.visible.index_select(0, tables.pair(self._carried.counts, self._inputs.forks)) if hides else None
+        self.visible = None
+        if hides:
+            tables = worker.state.tables(k)
+            self.visible = tables.visible.index_select(0, tables.pair(self._carried.counts, self._inputs.forks))
 
     def _adjusted(self, carried: Carried) -> Carried:
         carried, failed = self._grammars.adjust(carried)

@@ -10,6 +10,7 @@ import torch
 
 from idlm_sglang.isd.layout import OFF, forks, row_offsets, step_tokens, visible_rows
 from idlm_sglang.isd.step import isd_step
+from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import SamplingRows, host_flags
 
 
@@ -107,14 +108,14 @@ def decode(
     clean = counts
     drafts = torch.zeros(1, k, dtype=torch.int64)
     log_q, q = torch.zeros(1, k), torch.zeros(1, k, vocab)
-    limit = torch.tensor([k])
+    limit, tables = torch.tensor([k]), StepTables(k, "cpu")
 
     while len(out.tokens) < max_tokens and out.tokens[-1] not in stop_ids:
         pending = torch.tensor([out.tokens[-1]])
         step = step_tokens(pending, drafts, counts, mask_id)
         seq_len = torch.tensor([committed.shape[1]])
         logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1], counts, forks(clean, counts, salvage))
-        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows, forks(clean, counts, salvage), salvage != OFF)
+        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows, forks(clean, counts, salvage), salvage != OFF, tables)
         valid, accepted = int(counts), int(result.accept_lens) - 1
         linear = bool(clean == counts)
         for position in range(valid):

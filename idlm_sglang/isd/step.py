@@ -98,8 +98,6 @@ def isd_step(
         g = noise.gumbel(rows.seed, behind, vocab, noise.STREAM_FINAL).squeeze(1)
         drawn = best(residual(p_row, q_row, run != counts) + g)
         last = torch.where(by_rejection, drawn, last)
-
-    if rows.any_rejection:
         tokens = torch.cat([torch.where(column < at, drafts, last[:, None]), last[:, None]], dim=1)
     else:
         # Drafts stand where they are what their row yields.

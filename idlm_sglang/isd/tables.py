@@ -1,7 +1,7 @@
 """What :mod:`idlm_sglang.isd.layout` and :mod:`idlm_sglang.isd.propose` say of small numbers, looked up.
 
 The tensors of a step outside its forward hold a few numbers per request: what they cost is the number of operations. All that depends on
-two numbers of at most K alone is therefore tabulated once per K, from the definitions.
+two numbers of at most K alone is therefore tabulated once per K.
 """
 
 import torch
@@ -41,9 +41,20 @@ class StepTables:
         """The tables' row of each request: ``(B,)`` int64 of two such, 0 .. K."""
         return torch.add(forks, first, alpha=self.k + 1)
 
+    def laid_out(self, pending: torch.Tensor, drafts: torch.Tensor, pair: torch.Tensor, mask_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input ids of one step and their positions behind the pending tokens', both ``(B, W)`` int64: :func:`~idlm_sglang.isd.layout.step_tokens`
+        and :func:`~idlm_sglang.isd.layout.row_offsets`.
+
+        Args:
+            pending: ``(B,)`` int64. drafts: ``(B, K)`` int64. pair: ``(B,)`` int64, of their counts and forks.
+        """
+        source, offsets = self.rows.index_select(0, pair).split(len(self.column), dim=1)
+        masks = self.column.new_full((1, 1), mask_id).expand(len(drafts), 1)
+        return torch.cat([pending[:, None], drafts, masks], dim=1).gather(1, source), offsets
+
 
 def _next(run: torch.Tensor, forks: torch.Tensor, k: int) -> torch.Tensor:
-    """``StepTables.next`` for ``run`` and ``forks`` ``(P,)`` (:mod:`idlm_sglang.isd.propose`)."""
+    """``StepTables.next`` for ``run`` and ``forks`` ``(P,)``: the spine of :mod:`idlm_sglang.isd.propose` behind the run."""
     ahead = k - (run - forks).clamp(min=0)
     entry = run[:, None] + 1 + torch.arange(k, device=run.device)
     # Entries behind the spine's end are not counted; they only have to be some row.

@@ -32,14 +32,14 @@ def rows_run(rows: int) -> int:
 
 
 def _filled_up(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``x`` ``(n, in)`` and rows of whatever behind it, ``(rows, in)``; valid until the next call for the same width."""
+    """``x`` ``(n, in)`` float32 and rows of whatever behind it, ``(rows, in)``; valid until the next call for the same width."""
     buffer = _padded.get(x.shape[1])
     if buffer is None or buffer.shape[0] < rows:
         # Written inside and outside inference mode alike, so it must not be an inference tensor.
         with torch.inference_mode(False):
-            buffer = _padded[x.shape[1]] = torch.zeros(max(rows, _PREPARED_ROWS), x.shape[1], dtype=x.dtype)
+            buffer = _padded[x.shape[1]] = torch.zeros(max(rows, _PREPARED_ROWS), x.shape[1], dtype=torch.float32, device="cpu")
     filled = buffer[:rows]
-    filled[: x.shape[0]] = x
+    filled[: x.shape[0]] = x.detach()
     return filled
 
 
@@ -62,7 +62,7 @@ class _Packed:
         if layer.idlm_packed is None or rows <= 1:
             return linear(x, layer.weight, bias)
         run = rows_run(rows)
-        if run == rows:
+        if run == rows or x.dtype != torch.float32:
             return _product(x, layer.idlm_packed, bias)
         out = _product(_filled_up(x.reshape(rows, -1), run), layer.idlm_packed, bias)
         return out[:rows].view(*x.shape[:-1], -1)
@@ -99,12 +99,13 @@ def pack_weights(model: nn.Module) -> int:
 def _compile(layers: list[nn.Module]) -> None:
     """Run each shape of the layers' products once for the numbers of rows that a server of short prompts meets."""
     end = time.perf_counter() + _PREPARING
-    shapes = list({layer.weight.shape: layer for layer in layers}.values())
+    # oneDNN has another kernel where a bias is added.
+    shapes = list({(layer.weight.shape, getattr(layer, "bias", None) is None): layer for layer in layers}.values())
     for rows in sorted({rows_run(n) for n in range(2, _PREPARED_ROWS + 1)}):
         for layer in shapes:
             if time.perf_counter() > end:
                 return
-            layer.quant_method.apply(layer, layer.weight.new_zeros(rows, layer.weight.shape[1]))
+            layer.quant_method.apply(layer, layer.weight.new_zeros(rows, layer.weight.shape[1]), getattr(layer, "bias", None))
 
 
 def pack_again(model: nn.Module) -> None:

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kernels import choose, page_table, penalties, propose, state, step, target, verify
+from benchmarks.kernels import choose, page_table, penalties, propose, step, target, verify
 from benchmarks.kernels.harness import LIBRARY, OPS, OURS, REFERENCE, Arm, Case, Options, main, measure
 from idlm_sglang.engine import step_ops
 from idlm_sglang.engine.grammar import GrammarStep
 from idlm_sglang.isd import noise
+from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.platform import attention
 
 PACE = ["--device", "cpu", "--quick", "--seconds", "0"]
@@ -54,11 +55,11 @@ BROKEN = {
     "verify": (verify, "leading", lambda op: lambda accepted: (op(accepted) + 1) % (accepted.shape[1] + 1)),
     "choose": (choose, "target_scores", lambda op: lambda logits, rows: op(logits, rows).roll(1, -1)),
     "propose": (propose, "propose", lambda op: lambda *args: replace(op(*args), drafts=op(*args).drafts + 1)),
-    "step": (step, "isd_step", lambda op: lambda *args: replace(op(*args), last=op(*args).last + 1)),
+    "step": (step, "isd_step", lambda op: lambda *args, **more: replace(op(*args, **more), last=op(*args, **more).last + 1)),
     "sampler": (step_ops, "target_scores", untruncated),
     "penalties": (penalties, "penalise", lambda op: lambda a, b, c, d, in_front, *rest: op(a, b, c, d, torch.zeros_like(in_front), *rest)),
     "grammar": (GrammarStep, "apply", lambda op: lambda self, logits: None),
-    "state": (state, "step_tokens", lambda op: lambda pending, drafts, counts, mask: op(pending, drafts, counts * 0 + 1, mask)),
+    "state": (StepTables, "laid_out", lambda op: lambda self, pending, drafts, pair, mask: op(self, pending, drafts, pair * 0 + self.k + 2, mask)),
     "page_table": (page_table, "assign_req_to_token", lambda op: lambda a, b, start, end, *rest: op(a, b, start + 1, end + 1, *rest)),
 }
 

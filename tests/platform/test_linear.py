@@ -53,9 +53,19 @@ def test_rows_behind_those_of_a_product_are_nobodys(model):
     assert torch.equal(model.proj.quant_method.apply(model.proj, x), plain)
 
 
+def test_what_is_no_float32_leaves_the_others_rows_alone(model):
+    for x in (torch.zeros(17, 48, dtype=torch.bfloat16), torch.zeros(17, 48, dtype=torch.float64)):
+        with pytest.raises(RuntimeError):
+            model.proj.quant_method.apply(model.proj, x)
+    x = torch.randn(17, 48)
+    model.proj.quant_method.apply(model.proj, x.clone().requires_grad_())
+    assert not model.proj.quant_method.apply(model.proj, x).requires_grad
+
+
 @torch.inference_mode()
 def test_prompts_of_any_length_meet_few_kernels_the_small_ones_from_the_start(monkeypatch):
     run, product = set(), linear._product
+    monkeypatch.setattr(linear, "_PREPARING", float("inf"))
     monkeypatch.setattr(linear, "_product", lambda x, packed, bias: run.add((len(x), packed)) or product(x, packed, bias))
     found = Model()
     linear.pack_weights(found)
@@ -66,6 +76,10 @@ def test_prompts_of_any_length_meet_few_kernels_the_small_ones_from_the_start(mo
         if rows == 1024:
             assert {rows for rows, _ in run} == prepared
     assert len({rows for rows, _ in run}) == 123
+    run.clear()
+    monkeypatch.setattr(linear, "_PREPARING", 0.0)
+    linear.pack_weights(Model())
+    assert not run, "the start does not wait for them beyond its time"
     assert all(linear.rows_run(n) <= max(n + 3, n * 17 / 16) for n in range(1, 9000))
 
 

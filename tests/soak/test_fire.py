@@ -45,7 +45,6 @@ def known(soak_logs, soak_requests):
 
 def test_under_fire(known, soak_logs, soak_requests):
     minutes = number("SOAK_MINUTES", 90)
-    # oneDNN keeps code for every shape it has met, in caches of 1,024 that take hundreds of MB until they are full: growth that hides any other.
     # Behind a retraction SGLang admits less for some steps; few of them, so that the pool soon runs full again.
     env = {"IDLM_CPU_OVERLAP": "1", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "5"}
     with Served("tight", soak_logs, "--max-stride", "8", "--selfcheck", "0.02", *TIGHT, *FEATURES, env=env) as server:
