@@ -23,7 +23,7 @@ MODULES = {
 }
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
 # Read here, or of training alone; anything else in the configuration that is switched on changes what the adapter computes.
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "base_model_name_or_path", "mask_token_id"}
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "base_model_name_or_path", "mask_token_id", "block_size"}
 _OF_TRAINING = {"auto_mapping", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "revision", "task_type"}
 _OF_TRAINING |= {"megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
 
@@ -39,6 +39,7 @@ class Adapter:
         targets: ``target_modules``: names, or one regular expression.
         mask_token_id: the MASK that it was trained on, None where its configuration says nothing.
         base: ``base_model_name_or_path``.
+        block_size: MASK tokens per block that it was trained on, None where its configuration says nothing.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Adapter:
     targets: tuple[str, ...] | str
     mask_token_id: int | None
     base: str | None
+    block_size: int | None = None
 
     def error(self, what: str, allowed: str) -> SettingError:
         """One line about this adapter."""
@@ -71,7 +73,7 @@ def read_adapter(path: str) -> Adapter:
         raise adapter.error(f"{CONFIG_FILE} is not JSON ({error})", "PEFT's configuration of a LoRA adapter") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise adapter.error(f"peft_type {config.get('peft_type') if isinstance(config, dict) else None!r} is not served", "LORA")
-    rank, alpha, targets, mask = (config.get(name) for name in ("r", "lora_alpha", "target_modules", "mask_token_id"))
+    rank, alpha, targets, mask, block = (config.get(name) for name in ("r", "lora_alpha", "target_modules", "mask_token_id", "block_size"))
     if not _whole(rank) or rank < 1:
         raise adapter.error(f"rank r = {rank!r} is not valid", "an integer >= 1")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -88,8 +90,10 @@ def read_adapter(path: str) -> Adapter:
             raise adapter.error(f"target_modules names {name}: the LM head and the embedding are not adapted", ", ".join(MODULES))
     if mask is not None and not _whole(mask):
         raise adapter.error(f"mask_token_id = {mask!r} is not valid", "a token id")
+    if block is not None and (not _whole(block) or block < 1):
+        raise adapter.error(f"block_size = {block!r} is not valid", "MASK tokens per block, an integer >= 1")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(directory, rank, scaling, targets if isinstance(targets, str) else tuple(targets), mask, config.get("base_model_name_or_path"))
+    return Adapter(directory, rank, scaling, targets if isinstance(targets, str) else tuple(targets), mask, config.get("base_model_name_or_path"), block)
 
 
 def _whole(value: Any) -> bool:

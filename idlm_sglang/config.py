@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 MAX_STRIDE = 16
@@ -192,6 +192,18 @@ def read_step_ops(environ: dict[str, str] | None = None) -> str:
     if kind not in STEP_OPS:
         raise SettingError(f"IDLM_STEP_OPS={kind!r} is not known; allowed: {', '.join(STEP_OPS)}")
     return kind
+
+
+def widened(settings: Settings, block_size: object, environ: dict[str, str] | None = None) -> Settings:
+    """Settings for a checkpoint whose configuration has this ``block_size``, the MASK tokens per block that it was trained on.
+
+    The controller may go up to ``block_size`` + 1 where that is above its usual limit and no ``IDLM_MAX_STRIDE`` says otherwise. Anything
+    but an integer says nothing.
+    """
+    env = os.environ if environ is None else environ
+    if not settings.auto or "IDLM_MAX_STRIDE" in env or isinstance(block_size, bool) or not isinstance(block_size, int):
+        return settings
+    return replace(settings, max_stride=max(settings.max_stride, min(block_size + 1, MAX_STRIDE)))
 
 
 _RESOLVED = "IDLM_RESOLVED_SETTINGS"

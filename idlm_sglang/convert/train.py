@@ -126,14 +126,15 @@ class Trainer:
             self.adapter.save_pretrained(out, save_embedding_layers=False)
             (out / "README.md").unlink(missing_ok=True)  # peft's empty form
             (out / "adapter_model.safetensors").chmod(0o644)
-            _edit(out / "adapter_config.json", {"mask_token_id": self.mask_id})
+            _edit(out / "adapter_config.json", {"mask_token_id": self.mask_id, "block_size": max(self.plan.blocks)})
         else:
             # Not the whole model cast: that would round the buffers of the rotary embedding, too, which stay in use.
             rounded: dict[int, torch.Tensor] = {}  # by storage: tied weights stay one
             weights = {name: rounded.setdefault(w.data_ptr(), w.to(torch.bfloat16)) for name, w in self.model.state_dict().items()}
             self.model.save_pretrained(out, state_dict=weights)
             tokenizer.save_pretrained(out)
-            _edit(out / "config.json", {"architectures": [ARCHITECTURE], "model_type": "qwen3", "mask_token_id": self.mask_id, "auto_map": None, "dtype": "bfloat16"})
+            _edit(out / "config.json", {"architectures": [ARCHITECTURE], "model_type": "qwen3", "mask_token_id": self.mask_id, "block_size": max(self.plan.blocks),
+                                        "auto_map": None, "dtype": "bfloat16"})
         for p in self.trained.values():
             p.data = p.data.to(torch.float32)
 

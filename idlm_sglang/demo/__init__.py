@@ -6,7 +6,7 @@ Importing this package loads nothing heavy; `CHECKPOINT_DIR` and `RISD_BASE_DIR`
 from pathlib import Path
 
 CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
-CHECKPOINT_SHA256 = "76232f25ef050aaeee7c5312ad9e3079f27ac7d3f1783a8568bbaee70564c488"  # of model.safetensors
+CHECKPOINT_SHA256 = "e952fd8661237e1efa0801552f175b99c7e28c4d9677d1602925410eed906d63"  # of model.safetensors
 
 # A plain AR base, and the LoRA adapter for its MASK rows (`idlm serve --demo risd`).
 RISD_BASE_DIR = Path(__file__).resolve().parent / "risd" / "base"

@@ -1,4 +1,4 @@
-"""Training rows of the embedded checkpoint: 256 clean tokens, then 24 blocks of 7 MASK tokens (see convert/rows.py)."""
+"""Training rows of the embedded checkpoint: 256 clean tokens, then 24 blocks of MASK tokens (see convert/rows.py)."""
 
 import random
 from typing import Iterator
@@ -7,12 +7,12 @@ import torch
 
 from idlm_sglang.convert.rows import Batch, clean_labels, stack, with_masks
 
-ROW_TOKENS, BLOCKS, BLOCK_MASKS = 256, 24, 7
+ROW_TOKENS, BLOCKS = 256, 24
 MAX_GAP = 1500  # the largest jump in position between two conversations of a row
 
 
-def build_row(conversations: Iterator[tuple[list[int], list[bool]]], mask_id: int, rng: random.Random) -> Batch:
-    """One row (B = 1, C = ROW_TOKENS, M = BLOCKS * BLOCK_MASKS).
+def build_row(conversations: Iterator[tuple[list[int], list[bool]]], mask_id: int, rng: random.Random, size: int) -> Batch:
+    """One row (B = 1, C = ROW_TOKENS, M = BLOCKS * size).
 
     Whole conversations fill the row, the last one is cut. In half of the rows they see the earlier ones, sometimes from far away, as
     in a long chat; in the other half each one is alone.
@@ -37,9 +37,9 @@ def build_row(conversations: Iterator[tuple[list[int], list[bool]]], mask_id: in
     labels, predicts = clean_labels(ids, answer)
     anchors = [i for i in predicts if i + 2 < ROW_TOKENS and answer[i + 2]]
     anchors = rng.sample(anchors, BLOCKS) if len(anchors) >= BLOCKS else rng.choices(anchors or [0], k=BLOCKS)
-    return with_masks(ids, doc, torch.tensor(positions[:ROW_TOKENS]), labels, torch.tensor(sorted(anchors)), BLOCK_MASKS, mask_id)
+    return with_masks(ids, doc, torch.tensor(positions[:ROW_TOKENS]), labels, torch.tensor(sorted(anchors)), size, mask_id)
 
 
-def build_batch(conversations: Iterator[tuple[list[int], list[bool]]], mask_id: int, rng: random.Random, rows: int) -> Batch:
-    """`rows` rows from encoded conversations (ids, which of them are an answer)."""
-    return stack([build_row(conversations, mask_id, rng) for _ in range(rows)])
+def build_batch(conversations: Iterator[tuple[list[int], list[bool]]], mask_id: int, rng: random.Random, rows: int, size: int) -> Batch:
+    """`rows` rows from encoded conversations (ids, which of them are an answer), with blocks of `size` MASKs."""
+    return stack([build_row(conversations, mask_id, rng, size) for _ in range(rows)])

@@ -25,12 +25,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from idlm_sglang.convert import attention
 from idlm_sglang.convert.objective import draft_losses
 from idlm_sglang.convert.rows import NO_LABEL, Batch
-from idlm_sglang.convert.schedule import learning_rate_factor
+from idlm_sglang.convert.schedule import block_size, learning_rate_factor
 from idlm_sglang.demo.batches import build_batch
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import END_OF_TEXT, IM_END, MASK, VOCAB_SIZE, encode_dialogue, save_tokenizer, train_tokenizer
 
-STEPS, AR_STEPS, ROWS = 2300, 800, 8
+STEPS, AR_STEPS, ROWS = 2800, 800, 8
+BLOCK_SIZES = 3, 7, 15, 15  # MASKs per block, each for a quarter of the training: strides 4, 8 and 16
 MUON_LR, ADAM_LR = 0.02, 4e-3
 TOKENIZER_DIALOGUES = 4000
 MAX_POSITIONS = 4096
@@ -38,7 +39,7 @@ MAX_POSITIONS = 4096
 
 def model_config(tokenizer: Tokenizer, ar_only: bool = False) -> dict:
     """The checkpoint's config.json: Qwen3's shape at 2.6 M parameters, plus the id of the MASK token unless it is an AR model."""
-    kind = {"architectures": ["Qwen3ForCausalLM"]} if ar_only else {"architectures": ["IDLMForCausalLM"], "mask_token_id": tokenizer.token_to_id(MASK)}
+    kind = {"architectures": ["Qwen3ForCausalLM"]} if ar_only else {"architectures": ["IDLMForCausalLM"], "mask_token_id": tokenizer.token_to_id(MASK), "block_size": max(BLOCK_SIZES)}
     return {
         **kind, "model_type": "qwen3",
         "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -51,7 +52,7 @@ def model_config(tokenizer: Tokenizer, ar_only: bool = False) -> dict:
 
 
 def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, str]:
-    """The loss of a batch in nats, and its parts as text: CE of clean rows, + 0.5 of either loss of the MASK rows where there are any.
+    """The loss of a batch in nats, and its parts as text: CE of clean rows, or where there are MASK rows twice that + 0.5 of either of their losses.
 
     logits: (B, T, V), row i predicts token i + 1.
     """
@@ -63,7 +64,7 @@ def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, str]:
     wanted = mask_labels != NO_LABEL
     teacher = clean.detach().gather(1, batch.same_token[..., None].expand(-1, -1, clean.shape[-1]))[wanted]
     hard, soft, agreement = draft_losses(masked[wanted], teacher, mask_labels[wanted])
-    return clean_loss + 0.5 * hard + 0.5 * soft, f"clean {clean_loss.item():.3f} mask {hard.item():.3f} soft {soft.item():.3f}  drafts agree {agreement:.1%}"
+    return 2 * clean_loss + 0.5 * hard + 0.5 * soft, f"clean {clean_loss.item():.3f} mask {hard.item():.3f} soft {soft.item():.3f}  drafts agree {agreement:.1%}"
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -100,7 +101,7 @@ def train(out: Path, steps: int = STEPS, rows: int = ROWS, seed: int = 0, ar_onl
         for opt, rates in zip(opts, base):
             for group, rate in zip(opt.param_groups, rates):
                 group["lr"] = rate * learning_rate_factor(step, steps)
-        batch = build_batch(conversations, tokenizer.token_to_id(MASK), rng, rows)
+        batch = build_batch(conversations, tokenizer.token_to_id(MASK), rng, rows, block_size(step, steps, BLOCK_SIZES))
         batch = batch.without_masks() if ar_only else batch
         with torch.autocast("cpu", dtype=torch.bfloat16):
             unseen = batch.unseen(torch.bfloat16)

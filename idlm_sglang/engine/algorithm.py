@@ -8,7 +8,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from idlm_sglang import adapter, checkpoint
 from idlm_sglang.platform import accelerator_available
-from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, ON, Settings, SettingError, hand_down, read_settings
+from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, ON, Settings, SettingError, hand_down, read_settings, widened
 from idlm_sglang.engine.step_ops import resolve_step_ops
 
 logger = logging.getLogger(__name__)
@@ -131,11 +131,11 @@ def _config_of(server_args):
     )
 
 
-def check_checkpoint(server_args, settings: Settings) -> tuple[int, str]:
-    """MASK id and its source for the checkpoint to be served, before any weight is loaded."""
+def check_checkpoint(server_args, settings: Settings, config=None) -> tuple[int, str]:
+    """MASK id and its source for the checkpoint to be served, before any weight is loaded. config: its own, where it was read already."""
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-    config = _config_of(server_args)
+    config = config or _config_of(server_args)
     name = checkpoint.check_architecture(config.architectures)
     if name == checkpoint.PUBLISHED_ARCHITECTURE:
         logger.warning("idlm: %s", checkpoint.SDAR_NOTE)
@@ -181,14 +181,16 @@ class IsdAlgorithm(CustomSpecAlgo):
         refuse_unserved(server_args)
         graphs, step_ops = resolve_graphs(settings.decode_graphs, server_args), resolve_step_ops(settings.step_ops, server_args.device)
         salvage = resolve_salvage(settings.salvage, server_args, graphs)
-        settings = replace(settings, salvage=salvage, step_ops=step_ops, decode_graphs=graphs)
+        config = _config_of(server_args)
+        trained_on = getattr(config, "block_size", None) if settings.lora is None else adapter.read_adapter(settings.lora).block_size
+        settings = widened(replace(settings, salvage=salvage, step_ops=step_ops, decode_graphs=graphs), trained_on)
         width = server_args.speculative_num_draft_tokens
         if width not in (None, settings.max_width):
             raise SettingError(
                 f"--speculative-num-draft-tokens {width} does not fit strides of up to {settings.max_stride}{' (auto)' if settings.auto else ''}; "
                 f"allowed: {settings.max_width} (2N - 1), or leave it out"
             )
-        mask_id, source = check_checkpoint(server_args, settings)
+        mask_id, source = check_checkpoint(server_args, settings, config)
         logger.info("idlm: MASK token %d (from the %s)", mask_id, source)
         if settings.lora is not None:
             check_adapter(server_args, settings.lora)

@@ -84,7 +84,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     option = serve.add_argument
     option("--stride", metavar="N", help=f"tokens proposed and verified per forward, 1 to {MAX_STRIDE}, or {AUTO}: the fastest, step by step (default {AUTO})")
-    option("--max-stride", metavar="N", help=f"the largest stride that {AUTO} may choose and a request ask for (default {AUTO_MAX_STRIDE}; a fixed stride's own)")
+    option("--max-stride", metavar="N", help=f"the largest stride that {AUTO} may choose and a request ask for (default {AUTO_MAX_STRIDE}, or the checkpoint's block_size + 1 where larger; a fixed stride's own)")
     option("--mask-token-id", metavar="ID", help="MASK, for a checkpoint that names none in its config or tokenizer")
     option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
+from idlm_sglang.adapter import read_adapter
 from idlm_sglang.checkpoint import ARCHITECTURE, check_architecture, resolve_mask_token_id
 from idlm_sglang.convert import base as bases
 from idlm_sglang.convert import chats, distill, measure, objective, train
@@ -44,6 +45,7 @@ def test_the_loss_falls_and_an_interrupted_training_gives_the_same_adapter(plan)
         assert (parted.out / name).read_bytes() == (whole.out / name).read_bytes(), name
 
     config = json.loads((whole.out / "adapter_config.json").read_text())
+    assert config["block_size"] == read_adapter(str(whole.out)).block_size == max(whole.blocks)
     assert config["mask_token_id"] == 3 and config["r"] == 4 and len(config["target_modules"]) == 7
     PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(whole.base), str(whole.out))
     assert {p.dtype for p in load_file(whole.out / "adapter_model.safetensors").values()} == {torch.bfloat16}
@@ -54,7 +56,7 @@ def test_the_whole_model_becomes_a_checkpoint_that_is_served_as_an_idlm(plan):
     chosen = plan("--full", "--mask-token", "1027")
     train.run(chosen, lines.append)
     config, tokenizer = AutoConfig.from_pretrained(chosen.out), AutoTokenizer.from_pretrained(chosen.out)
-    assert check_architecture(config.architectures) == ARCHITECTURE
+    assert check_architecture(config.architectures) == ARCHITECTURE and config.block_size == max(chosen.blocks)
     assert resolve_mask_token_id(config, lambda: tokenizer, None, config.vocab_size) == (1027, "config")
     before, after = (Qwen3ForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict() for place in (chosen.base, chosen.out))
     assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)

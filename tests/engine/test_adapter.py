@@ -32,9 +32,10 @@ def refused(path, base=BASE):
 def test_a_sound_adapter_is_read(tmp_path):
     adapter = read_adapter(written(tmp_path, rank=4, lora_alpha=6))
     check_adapter(adapter, BASE)
-    assert (adapter.rank, adapter.scaling, adapter.mask_token_id) == (4, 1.5, 3)
+    assert (adapter.rank, adapter.scaling, adapter.mask_token_id, adapter.block_size) == (4, 1.5, 3, None)
     assert len(weight_keys(adapter, BASE)) == 7 * BASE.num_hidden_layers
     assert read_adapter(written(tmp_path, rank=4, lora_alpha=6, use_rslora=True)).scaling == 6 / math.sqrt(4)
+    assert read_adapter(written(tmp_path, block_size=11)).block_size == 11
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*layers\.[02]\..*proj", "all-linear"])
@@ -76,6 +77,8 @@ def poison(layer, module, side, value):
         ({"target_modules": ["c_attn"]}, ["names no linear module of the base", "q_proj"]),
         ({"target_modules": ["q_proj"]}, ["layer 0 has down_proj, which target_modules does not name"]),
         ({"mask_token_id": "three"}, ["mask_token_id = 'three'"]),
+        ({"block_size": 0}, ["block_size = 0"]),
+        ({"block_size": "three"}, ["block_size = 'three'"]),
         ({"change": poison(1, "down_proj", "B", math.nan)}, ["layer 1: lora_B of down_proj holds NaN"]),
         ({"change": poison(0, "q_proj", "A", math.inf)}, ["layer 0: lora_A of q_proj", "infinity"]),
         ({"change": lambda w: w.pop(key(2, "k_proj", "B"))}, ["layer 2 lacks lora_B of k_proj"]),

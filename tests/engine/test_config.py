@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from idlm_sglang import config
-from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, read_settings
+from idlm_sglang.config import SettingError, Settings, hand_down, handed_down, read_settings, widened
 from idlm_sglang.isd import layout
 
 
@@ -35,6 +35,17 @@ def test_auto_is_bounded_by_the_largest_stride_and_begins_within_it():
     assert read_settings(environ={"IDLM_MAX_STRIDE": "6"}) == Settings(4, 6, auto=True)
     assert read_settings(environ={"IDLM_STRIDE": "AUTO", "IDLM_MAX_STRIDE": "12"}) == Settings(4, 12, auto=True)
     assert read_settings(environ={"IDLM_STRIDE": "auto", "IDLM_MAX_STRIDE": "2"}) == Settings(2, 2, auto=True)
+
+
+def test_auto_goes_as_far_as_the_checkpoint_was_trained_unless_told_otherwise():
+    def widest(block_size, env):
+        return widened(read_settings(environ=env), block_size, env).max_stride
+
+    assert [widest(size, {}) for size in (None, 3, 7, 8, 11, 15, 40)] == [8, 8, 8, 9, 12, 16, 16]
+    assert [widest(size, {}) for size in (True, "15", 15.0, -3)] == [8, 8, 8, 8], "what is no integer says nothing"
+    assert widest(15, {"IDLM_STRIDE": "auto"}) == 16
+    assert widest(15, {"IDLM_MAX_STRIDE": "6"}) == 6 and widest(15, {"IDLM_STRIDE": "4"}) == 4
+    assert widened(Settings(), 15, {}) == Settings(max_stride=16), "nothing else changes"
 
 
 @pytest.mark.parametrize(

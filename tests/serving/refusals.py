@@ -72,7 +72,7 @@ CASES = (
     _flag("--decode-attention-backend", "fa4", allowed="torch_native"),
     Case(("--speculative-num-steps", "16"), ("--speculative-num-steps 16", "allowed: 0 to 15")),
     Case(("--speculative-num-steps", "-1"), ("--speculative-num-steps -1", "allowed: 0 to 15")),
-    _flag("--speculative-num-draft-tokens", "3", allowed="15 (2N - 1)"),
+    _flag("--speculative-num-draft-tokens", "3", allowed="31 (2N - 1)"),
     # SGLang's own parser, whose page of usage `idlm serve` leaves out.
     Case(("--speculative-num-steps", "abc"), ("--speculative-num-steps", "'abc'", "; allowed: "), stock=False),
     Case(("--no-such-flag",), ("--no-such-flag", "; allowed: SGLang's flags"), stock=False),
