@@ -1,7 +1,8 @@
 """Two tensor-parallel ranks agree on every token and count once; data-parallel ranks are told apart by a label.
 
 Each serves with another grammar backend. They agree on what a class of letters allows (llguidance forbids some spellings of fixed
-words, token by token).
+words, token by token), but not on how to end: xgrammar and llguidance allow each of the checkpoint's end tokens, outlines the
+tokenizer's alone. The other one is biased away.
 """
 
 import re
@@ -15,11 +16,14 @@ ISD = ("--speculative-algorithm", "ISD", "--enable-metrics")
 # One core per rank: SGLang wants to be told on a machine with a single NUMA node.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "IDLM_STRIDE": "auto"}
 
+ONE_END = {"logit_bias": {"0": -100.0}}
+
 
 def mixed_calls():
     calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40} for p in prompts(30, seed=121)]
     calls += [{"prompt": p, "temperature": 1.0, "top_p": 0.9, "sampling_seed": i, "max_new_tokens": 24} for i, p in enumerate(prompts(20, seed=122))]
-    terms = [{"presence_penalty": 0.8}, {"regex": "[a-z ]{10,30}"}, {"regex": "[a-z ]{12,40}", "repetition_penalty": 1.3, "min_new_tokens": 8}]
+    terms = [{"presence_penalty": 0.8}, {"regex": "[a-z ]{10,30}", **ONE_END}]
+    terms += [{"regex": "[a-z ]{12,40}", "repetition_penalty": 1.3, "min_new_tokens": 8, **ONE_END}]
     calls += [{"prompt": p, "temperature": i % 2, "sampling_seed": i, "max_new_tokens": 32, **terms[i % 3]} for i, p in enumerate(prompts(30, seed=124))]
     return calls
 
