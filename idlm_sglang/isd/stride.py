@@ -113,15 +113,19 @@ class Policy:
         hysteresis: a share of speed that is not worth a change.
         dwell: decisions between two changes, unless the second one brings a quarter or the batch changed by half.
         explore: largest share of decode time that may be lost to trying strides not in use.
+        credit: steps' worth of trials that a server begins with.
+        savings: the most that may be saved up: one trial of the widest stride where a step takes several times as long.
         patience: decisions after which a stride that is not in use is hoped to be twice as good as last known; one that
             was never used at about this batch size is at once.
         trial: decisions that one trial lasts.
     """
 
     interval: int = 4
-    hysteresis: float = 0.02
+    hysteresis: float = 0.03
     dwell: int = 4
-    explore: float = 0.01
+    explore: float = 0.005
+    credit: int = 16
+    savings: int = 64
     patience: int = 2000
     trial: int = 2
 
@@ -130,8 +134,6 @@ _URGENT = 1.25
 _OTHER_BATCH = 1.5
 # Answers that their mean length is taken over.
 _ANSWERS = 64
-# Steps whose worth of trials may be saved up.
-_SAVED = 64
 
 
 @dataclass
@@ -148,7 +150,7 @@ class StrideController:
     What is not in use is not seen: drafts behind the stride's own, and the step times of other strides. So now and then
     another stride is tried for some steps, the more likely the better it is expected to be and the longer it was not seen.
     A trial starts only where even one that accepts nothing costs no more than the time saved up for it, the share ``explore``
-    of all decode time, and some steps' worth to begin with. Against the best fixed stride under lasting conditions that loses
+    of all decode time, and ``credit`` steps' worth to begin with. Against the best fixed stride under lasting conditions that loses
     ``explore + hysteresis`` in the long run, and the same against stride 1, which is one of the strides.
 
     Args:
@@ -203,8 +205,8 @@ class StrideController:
         if self._trial is not None and stride == self._trial.stride:
             self._trial.seconds += typical
         if self._saved is None:
-            self._saved = _SAVED * typical
-        self._saved = min(self._saved + self.policy.explore * typical, _SAVED * typical)
+            self._saved = self.policy.credit * typical
+        self._saved = min(self._saved + self.policy.explore * typical, self.policy.savings * typical)
 
     def _look_back(self) -> None:
         """The steps since the last look, much alike, are one observation."""

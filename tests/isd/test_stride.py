@@ -290,6 +290,32 @@ def test_two_strides_that_are_equally_good_are_not_swapped_all_the_time():
     assert changes < 0.02 * len(used)
 
 
+def test_trying_costs_no_more_than_was_saved_for_it():
+    """From the first step on: nothing is accepted, so that every step but one of stride 1 is a loss."""
+    world = World(linear_times(0.02), [0.0], 8, noise=0.0)
+    controller = StrideController(linear_times(0.02), STRIDES)
+    serve(controller, world, 40)
+    policy, single = controller.policy, world.times.seconds(8, 1)
+    world.seconds = 0.0
+    for steps in range(100, 2001, 100):
+        serve(controller, world, 100)
+        lost = world.seconds / single - steps
+        assert lost <= policy.credit + policy.explore * world.seconds / single, steps
+    assert lost > 0, "nothing was tried"
+
+
+def test_a_trial_that_costs_more_than_a_server_begins_with_is_saved_up_for():
+    """Eight tokens in the time of four, where the table said ten; what one step accepts nobody knows yet."""
+    true = {(8, n): 1.0 + 3.0 * (n - 1) / 7 for n in STRIDES}
+    assumed = StepTimes(true | {(8, n): 10.0 for n in (6, 8)})
+    world = World(StepTimes(true), [0.99], 8)
+    controller = StrideController(assumed, STRIDES)
+    one = controller.policy.interval * controller.policy.trial * (10.0 - 1.0)
+    assert one > controller.policy.credit
+    used = serve(controller, world, 8000)
+    assert used[-1] == max(STRIDES, key=world.rate) == 8
+
+
 def test_equal_observations_give_equal_decisions():
     runs = [serve(StrideController(linear_times(0.01), STRIDES), World(linear_times(0.03), [0.8], 4, seed=6), 1000) for _ in range(2)]
     assert runs[0] == runs[1]
