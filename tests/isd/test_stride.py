@@ -305,13 +305,13 @@ def test_trying_costs_no_more_than_was_saved_for_it():
 
 
 def test_a_trial_that_costs_more_than_a_server_begins_with_is_saved_up_for():
-    """Eight tokens in the time of four, where the table said ten; what one step accepts nobody knows yet."""
+    """Eight tokens in the time of four, where the table said eight; what one step accepts nobody knows yet."""
     true = {(8, n): 1.0 + 3.0 * (n - 1) / 7 for n in STRIDES}
-    assumed = StepTimes(true | {(8, n): 10.0 for n in (6, 8)})
+    assumed = StepTimes(true | {(8, n): 8.0 for n in (6, 8)})
     world = World(StepTimes(true), [0.99], 8)
     controller = StrideController(assumed, STRIDES)
-    one = controller.policy.interval * controller.policy.trial * (10.0 - 1.0)
-    assert one > controller.policy.credit
+    one = controller.policy.interval * controller.policy.trial * (8.0 - 1.0)
+    assert one > controller.policy.credit * true[8, 4]
     used = serve(controller, world, 8000)
     assert used[-1] == max(STRIDES, key=world.rate) == 8
 
