@@ -293,14 +293,15 @@ def test_two_strides_that_are_equally_good_are_not_swapped_all_the_time():
 def test_trying_costs_no_more_than_was_saved_for_it():
     """From the first step on: nothing is accepted, so that every step but one of stride 1 is a loss."""
     world = World(linear_times(0.02), [0.0], 8, noise=0.0)
-    controller = StrideController(linear_times(0.02), STRIDES)
-    serve(controller, world, 40)
+    controller = StrideController(linear_times(0.02), STRIDES, policy=Policy(patience=100))
+    first = serve(controller, world, 40)[0]
     policy, single = controller.policy, world.times.seconds(8, 1)
+    begun_with = policy.credit * world.times.seconds(8, first) / single
     world.seconds = 0.0
-    for steps in range(100, 2001, 100):
-        serve(controller, world, 100)
+    for steps in range(400, 20_001, 400):
+        serve(controller, world, 400)
         lost = world.seconds / single - steps
-        assert lost <= policy.credit + policy.explore * world.seconds / single, steps
+        assert lost <= begun_with + policy.explore * world.seconds / single, steps
     assert lost > 0, "nothing was tried"
 
 
