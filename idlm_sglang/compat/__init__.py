@@ -36,7 +36,7 @@ from idlm_sglang.compat.figures import (
 from idlm_sglang.compat.graphs import graphs_by_stride, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
 from idlm_sglang.compat.isolation import isolated_at_once
 from idlm_sglang.compat.live import add_live_page
-from idlm_sglang.compat.outputs import embeds_by_row, keep_output, search_in_time, send_what_is_new
+from idlm_sglang.compat.outputs import embeds_by_row, find_prompt_logprobs, keep_output, own_prompt_logprobs, search_in_time, send_what_is_new
 from idlm_sglang.compat.requests import (
     admit,
     attach_seeds,
@@ -139,6 +139,9 @@ PATCHES = (
     Patch(_RESULTS + "._maybe_update_reasoning_tokens", "AROUND", defer_reasoning),
     Patch(_SRT + "managers.schedule_batch.Req.update_finish_state", "AROUND", finish_token_by_token),
     Patch(_RESULTS + ".process_batch_result_decode", "AROUND", count_decode),
+    Patch(_RESULTS + ".process_batch_result_prefill", "BEFORE", find_prompt_logprobs),
+    Patch(_RESULTS + "._apply_prefill_logprobs", "AROUND", own_prompt_logprobs),
+    Patch(_RESULTS + "._apply_chunked_prefill_logprobs", "AROUND", own_prompt_logprobs),
     Patch(_STREAMER + ".SchedulerOutputStreamer.stream_output", "BEFORE", count_before_answers),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AROUND", own_figures),
     Patch(_TOKENIZER + "._calculate_spec_decoding_metrics", "AFTER", offer_for_selfcheck),

@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Callable
+from itertools import accumulate
 
 from idlm_sglang.engine.stops import Unsearchable, searcher
+
+_PLACES = "idlm_logprob_places"
 
 
 def search_in_time(expression: str, text: str, flags: int = 0) -> bool | None:
@@ -29,6 +32,27 @@ def send_what_is_new(original: Callable, accumulator, *, req) -> None:
     """
     if req.finished() or len(req.output_ids) > req.send_token_offset:
         original(accumulator, req=req)
+
+
+def find_prompt_logprobs(processor, batch, result) -> None:
+    """What: before ``process_batch_result_prefill`` the place of each request's log-probabilities among the batch's is noted, for :func:`own_prompt_logprobs`.
+    Why, guard, goes when: there.
+    """
+    if batch.return_logprob and processor.is_generation:
+        lengths = result.extend_input_len_per_req, result.extend_logprob_start_len_per_req
+        counts = map(processor.logprob_result_processor.calculate_num_input_logprobs, batch.reqs, *lengths)
+        setattr(result.logits_output, _PLACES, list(accumulate(counts, initial=0)))
+
+
+def own_prompt_logprobs(original: Callable, processor, *, i: int, logits_output, logprob_pt: int, **others) -> int:
+    """What: ``_apply_prefill_logprobs`` and ``_apply_chunked_prefill_logprobs`` take a request's log-probabilities from its own place.
+    Why: SGLang counts the places while it hands them out, and leaves out a request that was retracted, or ended, before the prefill's result is processed.
+    Those behind it get the log-probabilities of other prompts. In AR serving as well.
+    Guard: the hooks applied; a test on SGLang's own class, which fails without them, and a server that retracts such requests.
+    Goes when: SGLang counts all requests of the batch.
+    """
+    places = getattr(logits_output, _PLACES, None)
+    return original(processor, i=i, logits_output=logits_output, logprob_pt=logprob_pt if places is None else places[i], **others)
 
 
 def keep_output(original: Callable, req) -> None:
