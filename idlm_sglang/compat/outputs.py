@@ -36,7 +36,9 @@ def send_what_is_new(original: Callable, accumulator, *, req) -> None:
 
 def find_prompt_logprobs(processor, batch, result) -> None:
     """What: before ``process_batch_result_prefill`` the place of each request's log-probabilities among the batch's is noted, for :func:`own_prompt_logprobs`.
-    Why, guard, goes when: there.
+    Why: it takes all requests of the batch to find them, and the functions hooked there see one.
+    Guard: with the hooks there.
+    Goes when: with the hooks there.
     """
     if batch.return_logprob and processor.is_generation:
         lengths = result.extend_input_len_per_req, result.extend_logprob_start_len_per_req

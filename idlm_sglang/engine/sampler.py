@@ -2,7 +2,8 @@
 
 Prefill and one-token-per-step decode choose here what the strided worker chooses by the coupled rule, from the same
 ops (``engine.step_ops``), so that a seeded request reads the same at any stride. Batches without a seeded request take
-SGLang's own path, untouched.
+SGLang's own path, but for their greedy requests: beside a sampled one, and when that one has gone, SGLang draws them from a
+softmax with top-k 1, by an unstable sort. Of equal logits, frequent in bfloat16, another token then comes out than alone.
 """
 
 import torch
@@ -12,20 +13,20 @@ from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.requests import server_seed
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.engine.step_ops import StepOps
-from idlm_sglang.isd.target import SamplingRows, host_flags
+from idlm_sglang.isd.target import SamplingRows, best, host_flags
 
 
 def give_seeds(batch, info) -> None:
     """Leave the noise keys of the batch's requests on ``info``, its ``SamplingBatchInfo``, where one of them has a seed, and what
     ``SamplingRows`` knows on the host beside them. A decode step of ISD gives its own (``engine.single``)."""
-    info.idlm_seeds = None
+    info.idlm_seeds = info.idlm_flags = None
     # sampling_seed: --enable-deterministic-inference in AR serving, SGLang's own seeds, batch-mates included.
-    if info.sampling_seed is not None:
+    if info.sampling_seed is not None or info.is_all_greedy:
         return
+    info.idlm_flags = host_flags((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
     plans = [getattr(req, "idlm_plan", None) or plan_of(req, None, server_seed()) for req in batch.reqs]
     if not any(plan.coupled and req.sampling_params.top_k > 1 for plan, req in zip(plans, batch.reqs)):
         return
-    info.idlm_flags = host_flags((p.top_k, p.top_p, p.min_p) for p in (req.sampling_params for req in batch.reqs))
     info.idlm_seeds = on_device(torch.tensor([plan.seed for plan in plans], dtype=torch.int64), batch.device)
 
 
@@ -34,6 +35,8 @@ class TokenKeyedSampler(Sampler):
 
     # What a batch with keyed noise is drawn from, between the two calls of one sampling.
     _keyed: tuple[SamplingRows, torch.Tensor] | None = None
+    # The largest of each row's logits where greedy requests go SGLang's way of sampling, likewise.
+    _greedy: torch.Tensor | None = None
 
     def __init__(self, ops: StepOps):
         super().__init__()
@@ -61,6 +64,9 @@ class TokenKeyedSampler(Sampler):
             self._keyed = rows, self._ops.keep(logits.float()[:, None], rows)
         elif self._keyed is not None:
             self._keyed = None
+        flags = getattr(sampling_info, "idlm_flags", None)
+        beside_sampled = self._keyed is None and not sampling_info.is_all_greedy and flags is not None and flags["any_greedy"]
+        self._greedy = best(logits.float()) if beside_sampled else None
         return logits
 
     @staticmethod
@@ -79,7 +85,12 @@ class TokenKeyedSampler(Sampler):
 
     def _sample_from_probs(self, probs, sampling_info, positions, simple_sampling_case):
         if self._keyed is None:
-            return super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+            tokens, mask = super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+            greedy, self._greedy = self._greedy, None
+            # A mask that was asked for holds the token drawn.
+            if greedy is not None and mask is None:
+                tokens = torch.where(sampling_info.top_ks <= 1, greedy.to(tokens.dtype), tokens)
+            return tokens, mask
         (rows, kept), self._keyed = self._keyed, None
         tokens = self._ops.draw(kept, rows, positions.view(-1))
         masked = sampling_info.sampling_mask_batch_indices

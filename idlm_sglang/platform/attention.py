@@ -25,6 +25,8 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         self._workspace = Workspace()
         key_cache = self.token_to_kv_pool.get_key_buffer(self.token_to_kv_pool.start_layer)
         self._column_bytes = 2 * key_cache[0].nbytes
+        # In bfloat16 sums in another order round to other bits often enough to change one answer in a hundred.
+        self._one_order = key_cache.dtype == torch.bfloat16
         self._hidden: torch.Tensor | None = None
 
     @contextmanager
@@ -72,8 +74,8 @@ class TiledAttnBackend(TorchNativeAttnBackend):
             prefix_lens, row_counts = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
             on_host = forward_batch.extend_seq_lens_cpu
             if on_host is not None:
-                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes, self._hidden)
-        return [make_plan(table, forward_batch.req_pool_indices, prefix_lens, row_counts, self._column_bytes, new_visible)]
+                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes, self._hidden, self._one_order)
+        return [make_plan(table, forward_batch.req_pool_indices, prefix_lens, row_counts, self._column_bytes, new_visible, self._one_order)]
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True):
         if not _is_plain_causal(layer):

@@ -1,7 +1,8 @@
-"""float32 matrix products of the CPU platform: weights packed once for oneDNN.
+"""Matrix products of the CPU platform, float32 and bfloat16: weights packed once for oneDNN.
 
-``F.linear`` takes MKL's GEMM, which leaves AVX-512 aside on processors that are not Intel's and packs the weight anew in every
-call. oneDNN does neither. A single row stays a matrix-vector product of MKL, the faster one there.
+In float32 ``F.linear`` takes MKL's GEMM, which leaves AVX-512 aside on processors that are not Intel's and packs the weight anew in
+every call. oneDNN does neither. A single row stays a matrix-vector product of MKL, the faster one there. In bfloat16 ``F.linear`` takes oneDNN's
+kernels already, and packs in every call as well; processors without bfloat16 instructions keep it.
 
 oneDNN compiles a kernel for each number of rows it meets, which takes several times as long as the product, and forgets the oldest of 1,024. Forwards that take prompts
 along have any number of rows. So the rows are filled up to one of few numbers (:func:`rows_run`), and the kernels of the smaller ones are compiled at start.
@@ -22,7 +23,7 @@ PACKED_BYTES = 1 << 30
 # At start kernels are compiled for so many rows, the fewest first, as far as they come in so many seconds.
 _PREPARED_ROWS, _PREPARING = 1_024, 2.0
 
-_padded: dict[int, torch.Tensor] = {}  # by width: rows that a product runs on
+_padded: dict[tuple[int, torch.dtype], torch.Tensor] = {}  # by width: rows that a product runs on
 
 
 def rows_run(rows: int) -> int:
@@ -32,12 +33,13 @@ def rows_run(rows: int) -> int:
 
 
 def _filled_up(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``x`` ``(n, in)`` float32 and rows of whatever behind it, ``(rows, in)``; valid until the next call for the same width."""
-    buffer = _padded.get(x.shape[1])
+    """``x`` ``(n, in)`` and rows of whatever behind it, ``(rows, in)``; valid until the next call for the same width and dtype."""
+    width, dtype = x.shape[1], x.dtype
+    buffer = _padded.get((width, dtype))
     if buffer is None or buffer.shape[0] < rows:
         # Written inside and outside inference mode alike, so it must not be an inference tensor.
         with torch.inference_mode(False):
-            buffer = _padded[x.shape[1]] = torch.zeros(max(rows, _PREPARED_ROWS), x.shape[1], dtype=torch.float32, device="cpu")
+            buffer = _padded[width, dtype] = torch.zeros(max(rows, _PREPARED_ROWS), width, dtype=dtype, device="cpu")
     filled = buffer[:rows]
     filled[: x.shape[0]] = x.detach()
     return filled
@@ -57,12 +59,12 @@ class _Packed:
         layer.idlm_packed = None
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x @ weight.T + bias`` for ``x`` ``(.., in)`` float32."""
-        rows = x.numel() // x.shape[-1]
-        if layer.idlm_packed is None or rows <= 1:
+        """``x @ weight.T + bias`` for ``x`` ``(.., in)`` of the weight's dtype."""
+        rows, dtype = x.numel() // x.shape[-1], x.dtype
+        if layer.idlm_packed is None or rows <= (dtype == torch.float32):
             return linear(x, layer.weight, bias)
         run = rows_run(rows)
-        if run == rows or x.dtype != torch.float32:
+        if run == rows or dtype != layer.weight.dtype:
             return _product(x, layer.idlm_packed, bias)
         out = _product(_filled_up(x.reshape(rows, -1), run), layer.idlm_packed, bias)
         return out[:rows].view(*x.shape[:-1], -1)
@@ -80,7 +82,7 @@ _REPLACED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMe
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Replace the methods of the model's plain float32 layers, if all of them fit into PACKED_BYTES. Returns the bytes packed."""
+    """Replace the methods of the model's plain layers, if all of them fit into PACKED_BYTES. Returns the bytes packed."""
     if not torch.backends.mkldnn.is_available():
         return 0
     head = getattr(model, "lm_head", None)
@@ -101,7 +103,7 @@ def _compile(layers: list[nn.Module]) -> None:
     end = time.perf_counter() + _PREPARING
     # oneDNN has another kernel where a bias is added.
     shapes = list({(layer.weight.shape, getattr(layer, "bias", None) is None): layer for layer in layers}.values())
-    for rows in sorted({rows_run(n) for n in range(2, _PREPARED_ROWS + 1)}):
+    for rows in sorted({rows_run(n) for n in range(1, _PREPARED_ROWS + 1)}):
         for layer in shapes:
             if time.perf_counter() > end:
                 return
@@ -117,4 +119,13 @@ def pack_again(model: nn.Module) -> None:
 
 def _is_plain(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return type(getattr(module, "quant_method", None)) in _REPLACED and weight is not None and weight.dtype == torch.float32
+    return type(getattr(module, "quant_method", None)) in _REPLACED and weight is not None and _is_packed(weight.dtype)
+
+
+def _is_packed(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or dtype == torch.bfloat16 and multiplies_bfloat16()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16; without them float32 is faster."""
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))

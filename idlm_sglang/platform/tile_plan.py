@@ -17,6 +17,17 @@ KEPT_MASK_BYTES = 64 << 20
 # Columns are padded to whole SIMD vectors: a column then always meets the same lane, whatever the padding.
 COLUMN_ALIGNMENT = 16
 _SHORTEST_CLASS = 64
+# The attention kernel takes columns in blocks of the second number. A product of its GEMM adds up a block of more columns than the first
+# in several parts, whose bounds move with the block's end.
+_WHOLE_PRODUCT, _BLOCK = 192, 512
+# The same GEMM has other kernels for fewer rows.
+FEWEST_ROWS = 4
+
+
+def rows_computed(rows: int) -> int:
+    """How many query rows ``rows`` are filled up to, so that the kernel's last block of them has FEWEST_ROWS at least."""
+    block = 32 if rows < 192 else 64 if rows < 768 else 256
+    return rows + max(FEWEST_ROWS - rows % block, 0) if rows % block else rows
 
 
 @dataclass(frozen=True)
@@ -38,21 +49,27 @@ class Slab:
     # Where those rows are written. A padding row goes to the spare row behind the last one.
     out_rows: torch.Tensor | None = None
 
-    def additive_mask(self, group: int, dtype: torch.dtype) -> torch.Tensor:
-        """(tiles, 1, height * group, width): 0 where a row sees a column, -inf elsewhere."""
+    def additive_mask(self, group: int, dtype: torch.dtype, rows: int) -> torch.Tensor:
+        """(tiles, 1, rows, width): 0 where a row sees a column, -inf elsewhere; rows behind the height * group repeat the last."""
         hidden = torch.arange(self.width, device=self.slots.device) > self.last_column
         if self.visible is not None:
             hidden |= ~self.visible
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
-        return mask.unsqueeze(2).expand(-1, -1, group, -1).reshape(self.tiles, 1, self.height * group, self.width)
+        mask = mask.unsqueeze(2).expand(-1, -1, group, -1).reshape(self.tiles, 1, self.height * group, self.width)
+        more = rows - mask.shape[2]
+        return torch.cat((mask, mask[:, :, -1:].expand(-1, -1, more, -1)), 2) if more else mask
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The slabs of one forward, which together hold each of its `num_rows` rows once."""
+    """The slabs of one forward, which together hold each of its `num_rows` rows once.
+
+    one_order: a row is to be the same bits whatever else is computed in the forward: its sums are added up in one order.
+    """
 
     num_rows: int
     slabs: list[Slab]
+    one_order: bool = False
     _masks: dict[tuple[int, torch.dtype], list[torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -60,14 +77,19 @@ class Plan:
         """The only slab is the batch itself: nothing to pick out of q or to put back."""
         return len(self.slabs) == 1 and self.slabs[0].q_rows is None
 
+    def rows(self, index: int, group: int) -> int:
+        """Query rows of each tile of slab `index` and KV head, filled up where `one_order` asks for it."""
+        rows = self.slabs[index].height * group
+        return rows_computed(rows) if self.one_order else rows
+
     def mask(self, index: int, group: int, dtype: torch.dtype) -> torch.Tensor:
         """The additive mask of slab `index` for `group` query heads per KV head."""
         key = (group, dtype)
         if key not in self._masks:
             cells = sum(slab.tiles * slab.height * slab.width for slab in self.slabs)
             if cells * group * dtype.itemsize > KEPT_MASK_BYTES:
-                return self.slabs[index].additive_mask(group, dtype)
-            self._masks[key] = [slab.additive_mask(group, dtype) for slab in self.slabs]
+                return self.slabs[index].additive_mask(group, dtype, self.rows(index, group))
+            self._masks[key] = [slab.additive_mask(group, dtype, self.rows(i, group)) for i, slab in enumerate(self.slabs)]
         return self._masks[key][index]
 
 
@@ -78,6 +100,7 @@ def make_plan(
     row_counts: torch.Tensor | int,
     column_bytes: int,
     new_visible: torch.Tensor | None = None,
+    one_order: bool = False,
 ) -> Plan:
     """Cut the new rows of a batch into slabs. The rows of q are request after request, in batch order.
 
@@ -85,13 +108,13 @@ def make_plan(
     prefix_lens: (batch,) ints, columns before a request's new rows. row_counts: new rows of each request, (batch,)
     ints or one int for all; 0 for a padding request. column_bytes: K and V of one column of one layer.
     new_visible: (batch, W, W) bool or None, W the rows of every request; [b, i, j] False hides new column j from
-    new row i, on top of causality. Every row must keep at least one visible column.
+    new row i, on top of causality. Every row must keep at least one visible column. one_order: as in :class:`Plan`.
     """
     if isinstance(row_counts, int):
-        width = _aligned(int(prefix_lens.max()) + row_counts)
+        width = _aligned(int(prefix_lens.max()) + row_counts, one_order)
         if row_counts <= TILE_ROWS and _one_slab(prefix_lens, row_counts, width, column_bytes):
             slab = _whole_batch_slab(req_to_token, req_pool_indices, prefix_lens, row_counts, width, new_visible)
-            return Plan(len(prefix_lens) * row_counts, [slab])
+            return Plan(len(prefix_lens) * row_counts, [slab], one_order)
         row_counts = torch.full_like(prefix_lens, row_counts)
     prefix, counts = prefix_lens.cpu().long(), row_counts.cpu().long()
 
@@ -107,7 +130,7 @@ def make_plan(
 
     num_rows = int(counts.sum())
     slabs = []
-    for tiles in _slab_members(height, start + height, column_bytes):
+    for tiles in _slab_members(height, start + height, column_bytes, one_order):
         members = request[tiles].to(req_to_token.device)
         slabs.append(
             _slab(
@@ -118,9 +141,10 @@ def make_plan(
                 q_start[tiles],
                 num_rows,
                 None if new_visible is None else new_visible[members],
+                one_order,
             )
         )
-    return Plan(num_rows, slabs)
+    return Plan(num_rows, slabs, one_order)
 
 
 def _one_slab(prefix_lens: torch.Tensor, row_counts: int, width: int, column_bytes: int) -> bool:
@@ -138,6 +162,7 @@ def make_parts(
     row_counts: list[int],
     column_bytes: int,
     new_visible: torch.Tensor | None = None,
+    one_order: bool = False,
 ) -> list[Plan]:
     """Plans of a batch's rows in order: requests of any row counts, then those behind them that all have the last one's, where it is low.
 
@@ -157,11 +182,11 @@ def make_parts(
         if counts:
             rows = counts[0] if len(set(counts)) == 1 else torch.tensor(counts)
             visible = new_visible if part.stop is None else None
-            plans.append(make_plan(req_to_token, req_pool_indices[part], prefix_lens[part], rows, column_bytes, visible))
+            plans.append(make_plan(req_to_token, req_pool_indices[part], prefix_lens[part], rows, column_bytes, visible, one_order))
     return plans
 
 
-def _slab_members(height: torch.Tensor, end: torch.Tensor, column_bytes: int) -> list[torch.Tensor]:
+def _slab_members(height: torch.Tensor, end: torch.Tensor, column_bytes: int, one_order: bool) -> list[torch.Tensor]:
     """Tile indices of each slab. height, end: (tiles,) rows and columns of each tile."""
     if len(height) == 0:
         return []
@@ -176,12 +201,14 @@ def _slab_members(height: torch.Tensor, end: torch.Tensor, column_bytes: int) ->
     _, sizes = torch.unique_consecutive(shape_class[order], return_counts=True)
     members = []
     for tiles in order.split(sizes.tolist()):
-        width = _aligned(int(end[tiles[-1]]))
+        width = _aligned(int(end[tiles[-1]]), one_order)
         members.extend(tiles.split(max(1, SLAB_BYTES // (width * column_bytes))))
     return members
 
 
-def _aligned(columns: int) -> int:
+def _aligned(columns: int, one_order: bool) -> int:
+    if one_order and columns % _BLOCK > _WHOLE_PRODUCT:
+        return -(-columns // _BLOCK) * _BLOCK
     return -(-columns // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
 
 
@@ -214,11 +241,12 @@ def _slab(
     q_start: torch.Tensor,
     num_rows: int,
     new_visible: torch.Tensor | None,
+    one_order: bool,
 ) -> Slab:
     """table_rows, start, heights, q_start: (tiles,) page-table row, first position, rows, first row of q."""
     device = req_to_token.device
     start, heights, q_start = start[:, None], heights[:, None], q_start[:, None]
-    height, width = int(heights.max()), _aligned(int((start + heights).max()))
+    height, width = int(heights.max()), _aligned(int((start + heights).max()), one_order)
     row = torch.arange(height)
     clamped = torch.minimum(row, heights - 1)
     last_column = (start + clamped).to(device)

@@ -104,15 +104,21 @@ def _attend_slab(
     mask = plan.mask(index, group, rows.dtype)
     if slab.height == 1:
         # Folding one row is a view; small decode batches notice every operation less.
-        out = scaled_dot_product_attention(
-            rows.view(slab.tiles, kv_heads, group, dim), k, v, attn_mask=mask, scale=scale
+        folded = rows.view(slab.tiles, kv_heads, group, dim)
+    else:
+        folded = (
+            rows.view(slab.tiles, slab.height, kv_heads, group, dim)
+            .transpose(1, 2)
+            .reshape(slab.tiles, kv_heads, slab.height * group, dim)
         )
-        return out.reshape(rows.shape)
-    folded = (
-        rows.view(slab.tiles, slab.height, kv_heads, group, dim)
-        .transpose(1, 2)
-        .reshape(slab.tiles, kv_heads, slab.height * group, dim)
-    )
+    own = folded.shape[2]
+    more = plan.rows(index, group) - own
+    if more:
+        folded = torch.cat((folded, folded[:, :, -1:].expand(-1, -1, more, -1)), 2)
     out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
-    unfolded = out.view(slab.tiles, kv_heads, slab.height, group, dim).transpose(1, 2)
+    if more:
+        out = out[:, :, :own]
+    if slab.height == 1:
+        return out.reshape(rows.shape)
+    unfolded = out.reshape(slab.tiles, kv_heads, slab.height, group, dim).transpose(1, 2)
     return unfolded.reshape(rows.shape)

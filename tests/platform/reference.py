@@ -25,17 +25,17 @@ class PagedBatch:
     def scale(self) -> float:
         return self.q.shape[2] ** -0.5
 
-    def plan(self, new_visible: torch.Tensor | None = None) -> Plan:
+    def plan(self, new_visible: torch.Tensor | None = None, one_order: bool = False) -> Plan:
         """As the backend asks for it: one int when every request brings the same number of rows."""
         distinct = set(self.row_counts.tolist())
         counts = distinct.pop() if len(distinct) == 1 else self.row_counts
         column_bytes = 2 * self.k_cache[0].nbytes
         return make_plan(
-            self.req_to_token, self.req_pool_indices, self.prefix_lens, counts, column_bytes, new_visible
+            self.req_to_token, self.req_pool_indices, self.prefix_lens, counts, column_bytes, new_visible, one_order
         )
 
-    def attend(self, new_visible: torch.Tensor | None = None) -> torch.Tensor:
-        return attend(self.q, self.k_cache, self.v_cache, self.plan(new_visible), Workspace(), self.scale)
+    def attend(self, new_visible: torch.Tensor | None = None, one_order: bool = False) -> torch.Tensor:
+        return attend(self.q, self.k_cache, self.v_cache, self.plan(new_visible, one_order), Workspace(), self.scale)
 
     def rows_of(self, request: int) -> slice:
         start = int(self.row_counts[:request].sum())

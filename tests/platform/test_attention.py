@@ -1,5 +1,7 @@
 """Tiled attention against the per-request definition, for every kind of batch the scheduler makes."""
 
+import random
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idlm_sglang.isd import visible_rows
 from idlm_sglang.platform import tile_plan, tiled_attention
 from idlm_sglang.platform.tiled_attention import Workspace, attend, attend_parts
+from tests.bfloat16 import same_bits
 from tests.platform.reference import naive_attention, paged_batch
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -24,12 +27,13 @@ BATCHES = {
 }
 
 
+@pytest.mark.parametrize("one_order", [False, True], ids=["", "one order"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_equals_the_definition(kind, page_size, dtype):
+def test_equals_the_definition(kind, page_size, dtype, one_order):
     batch = paged_batch(*BATCHES[kind], dtype=dtype, page_size=page_size)
-    error = (batch.attend().double() - naive_attention(batch)).abs().max().item()
+    error = (batch.attend(one_order=one_order).double() - naive_attention(batch)).abs().max().item()
     print(f"{kind}, pages of {page_size}: largest error {error:.1e}")
     assert error < TOLERANCE[dtype]
 
@@ -147,6 +151,34 @@ def test_verify_rows_equal_decoding_one_row_at_a_time(width):
         step.q = batch.q.view(len(prefix), width, *batch.q.shape[1:])[:, row].contiguous()
         step.prefix_lens = batch.prefix_lens + row
         torch.testing.assert_close(verified[:, row], step.attend(), atol=3e-6, rtol=0)
+
+
+def _rows_of_other_bits(one_order: bool) -> tuple[int, int]:
+    """Of random bfloat16 batches: rows that differ from the same row attended alone, and rows looked at."""
+    rng = random.Random(3)
+    differ = looked_at = 0
+    for seed in range(48):
+        size, longest = rng.choice([1, 2, 4, 8]), rng.choice([60, 190, 520, 1500])
+        counts = [rng.choice([1, 3, 7, 15, 17, 31])] * size if seed % 2 else [rng.choice([1, 5, 17, 33, 129, 300]) for _ in range(size)]
+        heads = rng.choice([(4, 2, 64), (8, 8, 32), (6, 2, 48), (16, 2, 128)])
+        batch = paged_batch([rng.randrange(longest) for _ in counts], counts, heads=heads, dtype=torch.bfloat16, seed=seed)
+        together = batch.attend(one_order=one_order)
+        for request, rows in enumerate(counts):
+            for row in {0, rng.randrange(rows), rows - 1}:
+                alone = batch.alone(request)
+                alone.q, alone.prefix_lens, alone.row_counts = alone.q[row : row + 1], alone.prefix_lens + row, torch.tensor([1])
+                differ += not torch.equal(alone.attend(one_order=one_order)[0], together[batch.rows_of(request)][row])
+                looked_at += 1
+    return differ, looked_at
+
+
+@same_bits
+def test_in_bfloat16_a_row_is_the_same_bits_in_any_company():
+    """Beside other rows of its request, other requests, longer ones, in slabs of any shape."""
+    assert _rows_of_other_bits(one_order=True)[0] == 0
+    differ, rows = _rows_of_other_bits(one_order=False)
+    print(f"without one order {differ} of {rows} rows differ")
+    assert differ > 0
 
 
 @pytest.mark.parametrize("lone_slab_bytes", [tile_plan.LONE_SLAB_BYTES, 0])
