@@ -40,8 +40,10 @@ def find_prompt_logprobs(processor, batch, result) -> None:
     Guard: with the hooks there.
     Goes when: with the hooks there.
     """
-    if batch.return_logprob and processor.is_generation:
-        lengths = result.extend_input_len_per_req, result.extend_logprob_start_len_per_req
+    if not (batch.return_logprob and processor.is_generation):
+        return
+    lengths = result.extend_input_len_per_req, result.extend_logprob_start_len_per_req
+    if None not in lengths:
         counts = map(processor.logprob_result_processor.calculate_num_input_logprobs, batch.reqs, *lengths)
         setattr(result.logits_output, _PLACES, list(accumulate(counts, initial=0)))
 
@@ -50,7 +52,7 @@ def own_prompt_logprobs(original: Callable, processor, *, i: int, logits_output,
     """What: ``_apply_prefill_logprobs`` and ``_apply_chunked_prefill_logprobs`` take a request's log-probabilities from its own place.
     Why: SGLang counts the places while it hands them out, and leaves out a request that was retracted, or ended, before the prefill's result is processed.
     Those behind it get the log-probabilities of other prompts. In AR serving as well.
-    Guard: the hooks applied; a test on SGLang's own class, which fails without them, and a server that retracts such requests.
+    Guard: the hooks applied; a server that retracts such requests, whose answers are AR's with them alone.
     Goes when: SGLang counts all requests of the batch.
     """
     places = getattr(logits_output, _PLACES, None)

@@ -26,7 +26,7 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         key_cache = self.token_to_kv_pool.get_key_buffer(self.token_to_kv_pool.start_layer)
         self._column_bytes = 2 * key_cache[0].nbytes
         # In bfloat16 sums in another order round to other bits often enough to change one answer in a hundred.
-        self._one_order = key_cache.dtype == torch.bfloat16
+        self._one_order = model_runner.dtype == torch.bfloat16
         self._hidden: torch.Tensor | None = None
 
     @contextmanager

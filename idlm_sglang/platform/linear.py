@@ -82,11 +82,14 @@ _REPLACED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMe
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Replace the methods of the model's plain layers, if all of them fit into PACKED_BYTES. Returns the bytes packed."""
+    """Replace the methods of the model's plain layers, if all of them fit into PACKED_BYTES. Returns the bytes packed.
+
+    A bfloat16 LM head keeps its own: SGLang computes it in float32 where it is asked to, by the name of the method.
+    """
     if not torch.backends.mkldnn.is_available():
         return 0
     head = getattr(model, "lm_head", None)
-    layers = [m for m in model.modules() if _is_plain(m) and (m is head or type(m.quant_method) is UnquantizedLinearMethod)]
+    layers = [m for m in model.modules() if _is_plain(m) and (m is head and m.weight.dtype == torch.float32 or type(m.quant_method) is UnquantizedLinearMethod)]
     total = sum(layer.weight.nbytes for layer in layers)
     if total > PACKED_BYTES:
         return 0
@@ -119,6 +122,8 @@ def pack_again(model: nn.Module) -> None:
 
 def _is_plain(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
+    if getattr(module, "use_intel_amx_backend", False):  # SGLang's own kernels have laid the weight out already
+        return False
     return type(getattr(module, "quant_method", None)) in _REPLACED and weight is not None and _is_packed(weight.dtype)
 
 

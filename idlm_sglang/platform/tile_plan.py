@@ -86,8 +86,8 @@ class Plan:
         """The additive mask of slab `index` for `group` query heads per KV head."""
         key = (group, dtype)
         if key not in self._masks:
-            cells = sum(slab.tiles * slab.height * slab.width for slab in self.slabs)
-            if cells * group * dtype.itemsize > KEPT_MASK_BYTES:
+            cells = sum(slab.tiles * self.rows(i, group) * slab.width for i, slab in enumerate(self.slabs))
+            if cells * dtype.itemsize > KEPT_MASK_BYTES:
                 return self.slabs[index].additive_mask(group, dtype, self.rows(index, group))
             self._masks[key] = [slab.additive_mask(group, dtype, self.rows(i, group)) for i, slab in enumerate(self.slabs)]
         return self._masks[key][index]

@@ -38,6 +38,7 @@ def _pool(batch: PagedBatch, pool_class: type = CpuMHATokenToKVPool):
 def _runner(batch: PagedBatch):
     return SimpleNamespace(
         device="cpu",
+        dtype=batch.q.dtype,
         req_to_token_pool=SimpleNamespace(req_to_token=batch.req_to_token),
         token_to_kv_pool=_pool(batch),
     )

@@ -39,7 +39,9 @@ def dtype(request):
 def model(dtype):
     torch.manual_seed(0)
     found = Model(dtype)
-    assert linear.pack_weights(found) == (90 + 33) * 48 * dtype.itemsize
+    head = 90 if dtype == torch.float32 else 0
+    assert linear.pack_weights(found) == (head + 33) * 48 * dtype.itemsize
+    assert type(found.lm_head.quant_method) is (linear.PackedEmbeddingMethod if head else UnquantizedEmbeddingMethod)
     return found
 
 
@@ -139,6 +141,10 @@ def test_what_is_not_plain_or_too_large_keeps_its_method(model, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     brain = Model(torch.bfloat16)
     assert linear.pack_weights(brain) == 0 and type(brain.proj.quant_method) is UnquantizedLinearMethod
+    taken = Model()
+    taken.proj.use_intel_amx_backend = True
+    linear.pack_weights(taken)
+    assert type(taken.proj.quant_method) is UnquantizedLinearMethod
     large = Model()
     monkeypatch.setattr(linear, "PACKED_BYTES", 1000)
     assert linear.pack_weights(large) == 0 and type(large.proj.quant_method) is UnquantizedLinearMethod
