@@ -104,6 +104,7 @@ def arms_of(case: Case) -> list[Arm]:
     req_to_token[1:] = (torch.randperm(slots - 1) + 1).view(case.batch, columns).int()
     runner = SimpleNamespace(
         device="cpu",
+        dtype=case.dtype,
         req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
         token_to_kv_pool=Pool(slots, kv_heads, dim, case.dtype, buffers),
     )

@@ -37,15 +37,15 @@ class TokenKeyedSampler(Sampler):
     _keyed: tuple[SamplingRows, torch.Tensor] | None = None
     # The largest of each row's logits where greedy requests go SGLang's way of sampling, likewise.
     _greedy: torch.Tensor | None = None
-    # The logits that are sampled from. SGLang preprocesses others, too, where log-probabilities are asked of logits without a watermark.
-    _sampled: torch.Tensor | None = None
+    # Logits without a watermark, of which log-probabilities are asked: SGLang preprocesses them, too, behind those it samples from.
+    _unmarked: torch.Tensor | None = None
 
     def __init__(self, ops: StepOps):
         super().__init__()
         self._ops = ops
 
     def forward(self, logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions, *, logprob_logits=None):
-        self._sampled = logits_output.next_token_logits
+        self._unmarked = None if logprob_logits is logits_output.next_token_logits else logprob_logits
         asked = return_logprob or sampling_info.sampling_mask_batch_indices is not None or logprob_logits is not None
         if asked or sampling_info.is_all_greedy or getattr(sampling_info, "idlm_seeds", None) is None:
             return super().forward(
@@ -58,10 +58,10 @@ class TokenKeyedSampler(Sampler):
         return tokens
 
     def _preprocess_logits(self, logits, sampling_info):
-        sampled, self._sampled = logits is self._sampled, None
+        if self._unmarked is not None and logits is self._unmarked:
+            self._unmarked = None
+            return super()._preprocess_logits(logits, sampling_info)
         logits = super()._preprocess_logits(logits, sampling_info)
-        if not sampled:
-            return logits
         seeds = getattr(sampling_info, "idlm_seeds", None)
         # Here the logits are still logits; what _sample_from_probs is handed has been through a softmax, whose
         # logarithm differs from the strided worker's scores in the last bits.

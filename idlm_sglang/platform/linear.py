@@ -132,5 +132,5 @@ def _is_packed(dtype: torch.dtype) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16; without them float32 is faster."""
+    """Whether the processor has instructions for products of bfloat16."""
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))

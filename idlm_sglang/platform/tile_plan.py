@@ -21,13 +21,13 @@ _SHORTEST_CLASS = 64
 # in several parts, whose bounds move with the block's end.
 _WHOLE_PRODUCT, _BLOCK = 192, 512
 # The same GEMM has other kernels for fewer rows.
-FEWEST_ROWS = 4
+_FEWEST_ROWS = 4
 
 
 def rows_computed(rows: int) -> int:
-    """How many query rows ``rows`` are filled up to, so that the kernel's last block of them has FEWEST_ROWS at least."""
+    """How many query rows ``rows`` are filled up to, so that the kernel's last block of them has _FEWEST_ROWS at least."""
     block = 32 if rows < 192 else 64 if rows < 768 else 256
-    return rows + max(FEWEST_ROWS - rows % block, 0) if rows % block else rows
+    return rows + max(_FEWEST_ROWS - rows % block, 0) if rows % block else rows
 
 
 @dataclass(frozen=True)
