@@ -25,6 +25,8 @@ SALVAGE = (AUTO, BRANCH, CHAIN, OFF)
 ON = "on"
 # Whether decode forwards are captured into CUDA graphs; `auto` is resolved when the server starts.
 DECODE_GRAPHS = (AUTO, ON, OFF)
+# Whether a strided step leaves rows out of its forward; `auto` is resolved when the server starts.
+RAGGED_VERIFY = (AUTO, ON, OFF)
 
 # What turns logits into tokens: plain torch, or the Triton kernels; `engine.step_ops` resolves `auto`.
 TORCH, TRITON = "torch", "triton"
@@ -60,6 +62,7 @@ class Settings:
         lora: directory of a LoRA adapter for the MASK rows (R-ISD), or None.
         step_ops: what turns logits into tokens, ``torch`` or ``triton``; ``auto`` until `engine.step_ops` has resolved it.
         decode_graphs: decode forwards are captured into CUDA graphs, one runner per stride.
+        ragged_verify: rows of a strided step that are not worth their cost are left out of its forward; ``auto`` until `engine.ragged` has resolved it.
     """
 
     stride: int = AUTO_FIRST_STRIDE
@@ -75,6 +78,7 @@ class Settings:
     lora: str | None = None
     step_ops: str = AUTO
     decode_graphs: str = AUTO
+    ragged_verify: str = AUTO
 
     @property
     def max_width(self) -> int:
@@ -121,8 +125,8 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     """Settings from the environment and ``--speculative-num-steps`` (= N - 1).
 
     ``IDLM_STRIDE``, ``IDLM_MAX_STRIDE``, ``IDLM_MASK_TOKEN_ID``, ``IDLM_SAMPLING_RULE``, ``IDLM_SELFCHECK``, ``IDLM_SALVAGE``,
-    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE``, ``IDLM_LORA``, ``IDLM_STEP_OPS`` and ``IDLM_DECODE_GRAPHS`` are read; every bad value raises
-    :class:`SettingError`.
+    ``IDLM_MIXED_STEPS``, ``IDLM_LIVE_PAGE``, ``IDLM_LORA``, ``IDLM_STEP_OPS``, ``IDLM_DECODE_GRAPHS`` and
+    ``IDLM_RAGGED_VERIFY`` are read; every bad value raises :class:`SettingError`.
     """
     env = os.environ if environ is None else environ
     stride, auto = None, False
@@ -167,6 +171,9 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
     graphs = env.get("IDLM_DECODE_GRAPHS", AUTO)
     if graphs not in DECODE_GRAPHS:
         raise SettingError(f"IDLM_DECODE_GRAPHS={graphs!r} is not known; allowed: {', '.join(DECODE_GRAPHS)}")
+    ragged = env.get("IDLM_RAGGED_VERIFY", AUTO)
+    if ragged not in RAGGED_VERIFY:
+        raise SettingError(f"IDLM_RAGGED_VERIFY={ragged!r} is not known; allowed: {', '.join(RAGGED_VERIFY)}")
     lora = env.get("IDLM_LORA")
     if lora is not None and not os.path.isdir(os.path.expanduser(lora)):
         raise SettingError(f"IDLM_LORA={lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
@@ -183,6 +190,7 @@ def read_settings(num_steps: int | None = None, environ: dict[str, str] | None =
         lora=lora,
         step_ops=read_step_ops(env),
         decode_graphs=graphs,
+        ragged_verify=ragged,
     )
 
 

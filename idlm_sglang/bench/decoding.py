@@ -18,7 +18,7 @@ class Decoding:
 
     Attributes:
         tokens_per_forward: tokens committed per request and decode forward (TPF).
-        queries: rows of one request in one forward: 2N - 1 at stride N, 1 in AR; the mean where the stride changed.
+        queries: rows of one request in one forward, the mean: 2N - 1 at stride N where none is left out, 1 in AR.
         efficiency: TPF^2 / queries.
         introspective_acceptance: mean of min(1, p/q) over tried drafts, None without drafts.
         accepted, proposed: drafts by position behind the pending token.
@@ -69,7 +69,10 @@ def decoding(counts: Counts, answers: int, stride: int | None, algorithm: str | 
         if not total:
             return None
         steps = {int(label): count for (name, label), count in counts.items() if name == "idlm:steps_total" and count}
-        queries = sum((2 * n - 1) * count for n, count in steps.items()) / sum(steps.values()) if steps else 2 * stride - 1
+        if ("idlm:rows_total", "") in counts:
+            queries = counts["idlm:rows_total", ""] / total
+        else:  # a server that does not count them
+            queries = sum((2 * n - 1) * count for n, count in steps.items()) / sum(steps.values()) if steps else 2 * stride - 1
         tpf = counts["idlm:tokens_committed_total", ""] / total
         tried = counts["idlm:introspective_acceptance_count_total", ""]
         positions = [str(i) for i in range(1, max(steps, default=stride))]

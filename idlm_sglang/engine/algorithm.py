@@ -9,6 +9,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 from idlm_sglang import adapter, checkpoint
 from idlm_sglang.platform import accelerator_available
 from idlm_sglang.config import ALGORITHM, AUTO, BRANCH, OFF, ON, Settings, SettingError, hand_down, read_settings, widened
+from idlm_sglang.engine.ragged import resolve_ragged
 from idlm_sglang.engine.step_ops import resolve_step_ops
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,14 @@ def choose_backend(server_args) -> None:
         logger.info("idlm: attention backend %s", DEFAULT_GPU_BACKEND)
 
 
+def _verifies(server_args) -> str | None:
+    """The attention backend of decode forwards, as far as it is named."""
+    return next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
+
+
 def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:
     """What a rejection leaves, for the attention backend in use; :class:`SettingError` for a branch where it cannot hide columns."""
-    backend = next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
+    backend = _verifies(server_args)
     if salvage == AUTO:
         return BRANCH if backend == MASKING_BACKENDS[0] and graphs == OFF else OFF
     if graphs == ON and salvage == BRANCH and backend != GRAPH_BACKEND:
@@ -181,9 +187,10 @@ class IsdAlgorithm(CustomSpecAlgo):
         refuse_unserved(server_args)
         graphs, step_ops = resolve_graphs(settings.decode_graphs, server_args), resolve_step_ops(settings.step_ops, server_args.device)
         salvage = resolve_salvage(settings.salvage, server_args, graphs)
+        ragged = resolve_ragged(settings.ragged_verify, _verifies(server_args), graphs, step_ops)
         config = _config_of(server_args)
         trained_on = getattr(config, "block_size", None) if settings.lora is None else adapter.read_adapter(settings.lora).block_size
-        settings = widened(replace(settings, salvage=salvage, step_ops=step_ops, decode_graphs=graphs), trained_on)
+        settings = widened(replace(settings, salvage=salvage, step_ops=step_ops, decode_graphs=graphs, ragged_verify=ragged), trained_on)
         width = server_args.speculative_num_draft_tokens
         if width not in (None, settings.max_width):
             raise SettingError(

@@ -35,20 +35,22 @@ def with_step(batch, step: StridedStep | SingleStep, lengths: torch.Tensor, leng
         lengths, lengths_cpu: ``(B,)`` committed columns of the step's requests.
         slots: ``(B,)`` their rows of the request table.
     """
-    count, width = step.tokens.shape
-    batch.input_ids = torch.cat((batch.input_ids, step.tokens.view(-1).to(batch.input_ids.dtype)))
-    batch.out_cache_loc = torch.cat((batch.out_cache_loc, step.places.view(-1).to(batch.out_cache_loc.dtype)))
+    lens = step.lens
+    rows = torch.tensor(lens, dtype=torch.int64)
+    ends, ends_cpu = lengths + on_device(rows, lengths.device), lengths_cpu + rows
+    batch.input_ids = torch.cat((batch.input_ids, step.flat(step.tokens).to(batch.input_ids.dtype)))
+    batch.out_cache_loc = torch.cat((batch.out_cache_loc, step.flat(step.places).to(batch.out_cache_loc.dtype)))
     batch.req_pool_indices = torch.cat((batch.req_pool_indices, slots))
     if batch.req_pool_indices_cpu is not None:
         batch.req_pool_indices_cpu = torch.cat((batch.req_pool_indices_cpu, slots.to("cpu", batch.req_pool_indices_cpu.dtype)))
-    batch.seq_lens = torch.cat((batch.seq_lens, lengths + width))
+    batch.seq_lens = torch.cat((batch.seq_lens, ends.to(batch.seq_lens.dtype)))
     if batch.seq_lens_cpu is not None:
-        batch.seq_lens_cpu = torch.cat((batch.seq_lens_cpu, lengths_cpu + width))
-    batch.orig_seq_lens = torch.cat((batch.orig_seq_lens, (lengths + width).to(batch.orig_seq_lens.dtype)))
-    batch.extend_lens = [*batch.extend_lens, *[width] * count]
+        batch.seq_lens_cpu = torch.cat((batch.seq_lens_cpu, ends_cpu.to(batch.seq_lens_cpu.dtype)))
+    batch.orig_seq_lens = torch.cat((batch.orig_seq_lens, ends.to(batch.orig_seq_lens.dtype)))
+    batch.extend_lens = [*batch.extend_lens, *lens]
     batch.prefix_lens = [*batch.prefix_lens, *lengths_cpu.tolist()]
-    batch.extend_logprob_start_lens = [*batch.extend_logprob_start_lens, *[0] * count]
-    batch.extend_num_tokens += count * width
+    batch.extend_logprob_start_lens = [*batch.extend_logprob_start_lens, *[0] * len(lens)]
+    batch.extend_num_tokens += sum(lens)
     batch.seq_lens_sum = None
     batch.multimodal_inputs = None
     return batch
@@ -67,12 +69,12 @@ def _as_laid_out(worker, forward_batch, first: int, step: StridedStep | SingleSt
     if not isinstance(step, StridedStep):
         yield
         return
-    positions = step.positions.view(-1).to(forward_batch.positions.dtype)
+    positions = step.flat(step.positions).to(forward_batch.positions.dtype)
     forward_batch.positions = torch.cat((forward_batch.positions[:first], positions))
-    if step.visible is None:
+    if step.visible is None and step.ragged is None:
         yield
         return
-    with worker.model_runner.attn_backend.hiding(step.visible):
+    with worker.model_runner.attn_backend.with_step(len(step.lens), step.visible):
         yield
 
 
@@ -106,7 +108,7 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
     logits = out.logits_output.next_token_logits
     beside, others = None, logits[count + proposing :]
     if isinstance(step, StridedStep):
-        beside = step.finish(out, others.float().view(*step.tokens.shape, -1))
+        beside = step.finish(out, step.spread(others))
     elif step is not None:
         beside = step.sample(out, others.view(*step.tokens.shape, -1), forward_batch)
     if masked:

@@ -47,7 +47,8 @@ def measure(worker, strides: tuple[int, ...], largest: int, seconds: float) -> d
         largest: requests that run at a time at most.
     """
     start, table = time.perf_counter(), {}
-    before = worker.stride
+    # All rows of a stride: which ones a request leaves out is up to its drafts, and what that saves is learned in service.
+    before, trims, worker.trims = worker.stride, worker.trims, False
     for size in batch_sizes(largest):
         batch = _Batch(worker, size, max(strides))
         for place, stride in enumerate(strides):
@@ -61,6 +62,7 @@ def measure(worker, strides: tuple[int, ...], largest: int, seconds: float) -> d
         batch.clear()
         if worker.agreed(int(time.perf_counter() - start > seconds)):
             break
+    worker.trims = trims
     worker.set_stride(before)
     took = time.perf_counter() - start
     shown = ", ".join(f"{n}: " + "/".join(f"{1e3 * table[b, n]:.1f}" for b in sorted({b for b, _ in table})) for n in strides)

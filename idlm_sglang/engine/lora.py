@@ -65,7 +65,7 @@ class Gate:
         finally:
             self.rows = None
 
-    def masks(self, counts: torch.Tensor, k: int, first: int = 0, others: torch.Tensor | None = None):
+    def masks(self, counts: torch.Tensor, k: int, first: int = 0, others: torch.Tensor | None = None, places=None):
         """:meth:`on` for the MASK rows of a decode step.
 
         Args:
@@ -73,6 +73,7 @@ class Gate:
             k: K; each request has 2K + 1 rows.
             first: row of the forward at which the step begins.
             others: ``(n,)`` int64 further rows.
+            places: from row numbers ``(n,)`` of the step to those among its rows in the forward, where not all of them are in it.
         """
         if not self.adapted:
             return self.on(counts)
@@ -80,6 +81,7 @@ class Gate:
         if k not in self._cold or len(self._cold[k]) < len(counts):
             self._cold[k] = self.padding(len(counts), k, counts.device).view(-1, k)
         rows = self._cold[k][: len(counts)] + counts[:, None]
+        rows = rows if places is None else places(rows.flatten())
         rows = rows + first if first else rows
         return self.on(rows if others is None else torch.cat((others, rows.flatten())))
 

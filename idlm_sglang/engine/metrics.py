@@ -37,6 +37,7 @@ class Totals:
 
     tokens: int = 0
     forwards: int = 0
+    rows: int = 0
     rounds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -51,9 +52,10 @@ class Totals:
         """Nothing counted, K = ``max_drafts`` positions."""
         return cls(**{name: [0] * max_drafts for name in _BY_POSITION})
 
-    def round(self, kind: str, tokens: int, count: int, run: int, introspection: float) -> None:
-        """One request in one forward: ``count`` drafts verified, ``run`` of them accepted, ``tokens`` tokens committed."""
+    def round(self, kind: str, tokens: int, count: int, run: int, introspection: float, rows: int) -> None:
+        """One request in one forward of ``rows`` rows for it: ``count`` drafts verified, ``run`` of them accepted, ``tokens`` tokens committed."""
         self.tokens += tokens
+        self.rows += rows
         self.rounds[kind] += 1
         survivors = kind == SALVAGE
         proposed, accepted = (self.salvage_proposed, self.salvage_accepted) if survivors else (self.proposed, self.accepted)
@@ -70,6 +72,7 @@ class Totals:
             "tokens_committed": self.tokens,
             "forwards": self.forwards,
             "rounds": dict(self.rounds),
+            "rows": self.rows,
             "drafts_proposed": list(self.proposed),
             "drafts_accepted": list(self.accepted),
             "salvage_proposed": list(self.salvage_proposed),
@@ -168,7 +171,7 @@ class IsdMetrics:
             return
         (rows, result), self._step = self._step, None
         totals, stats, limits = self.totals, None if result.round_stats is None else result.round_stats.tolist(), result.limits
-        seen, ends = [], False
+        width, seen, ends = result.speculative_num_draft_tokens, [], False
         for i, req, start in rows:
             length, finished, plan = len(req.output_ids), req.finished(), req.idlm_plan
             tokens = max((length if req.finished_len is None else min(req.finished_len, length)) - start, 0)
@@ -178,12 +181,15 @@ class IsdMetrics:
                 count, run, introspection, clean = stats[i]
                 count, run = int(count), int(run)
                 kind = SALVAGE if count > clean else VERIFY if count else COLD
+            brought = None if result.rows is None else result.rows[i]
             figures_of(req).add(tokens, count, run)
-            seen.append((count, run, kind == SALVAGE))
+            # A draft that was doubted counts as one that fell: tokens per round are expected of drafts as they were drawn.
+            doubted = brought is not None and brought.doubted
+            seen.append((count + doubted, run, kind == SALVAGE))
             if plan.trace:
                 trace_of(req).add(start, tokens, kind, count, run)
             if plan.reason != SELFCHECK:
-                totals.round(kind, tokens, count, run, introspection)
+                totals.round(kind, tokens, count, run, introspection, width if brought is None else len(brought))
                 totals.answers += finished
             ends |= finished
         totals.forwards += 1
@@ -197,7 +203,7 @@ class IsdMetrics:
         """What is published, in the order of ``_series``."""
         t = self.totals
         by_position = (n for name in _BY_POSITION for n in getattr(t, name))
-        return [t.tokens, t.forwards, t.introspection, t.tried, *t.rounds.values(), *self.seconds.values(), *by_position]
+        return [t.tokens, t.forwards, t.rows, t.introspection, t.tried, *t.rounds.values(), *self.seconds.values(), *by_position]
 
     def _publish(self) -> None:
         before, self._published = self._published, self._values()
@@ -243,6 +249,7 @@ def _series(labels: dict[str, str], max_drafts: int) -> list:
 
     tokens = counter("tokens_committed", "Tokens committed by decode forwards, after stops and limits.")
     forwards = counter("forwards", "Decode steps of the engine, one for a whole batch.")
+    rows = counter("rows", "Rows of requests in decode forwards: 2N - 1 each, less those that were left out (ragged verify).")
     rounds = counter("rounds", "Per-request decode rounds: verify (had drafts), salvage (had survivors), cold (had none), single (one token per step).", ("kind",))
     proposed = counter("drafts_proposed", "Drafts verified, by position behind the pending token.", ("position",))
     accepted = counter("drafts_accepted", "Drafts accepted, by position behind the pending token.", ("position",))
@@ -252,7 +259,7 @@ def _series(labels: dict[str, str], max_drafts: int) -> list:
     introspection_count = counter("introspective_acceptance_count", "Drafts tried: accepted ones and the first rejected one.")
     seconds = counter("step_seconds", "Seconds of the scheduler's thread by phase of a step: prepare, forward, choose, process, prefill.", ("phase",))
     return [
-        *(series.labels(**labels) for series in (tokens, forwards, introspection_sum, introspection_count)),
+        *(series.labels(**labels) for series in (tokens, forwards, rows, introspection_sum, introspection_count)),
         *(rounds.labels(**labels, kind=kind) for kind in KINDS),
         *(seconds.labels(**labels, phase=phase) for phase in PHASES),
         *(child for series in (proposed, accepted, salvage_proposed, salvage_accepted) for child in by_position(series)),

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -79,6 +80,18 @@ def stride_limit(plan: RequestPlan, settings: Settings, server_stride: int, most
     return min(plan.stride or server_stride, settings.max_stride, most) - 1
 
 
+def stop_tokens(req) -> frozenset[int]:
+    """The tokens that end the answer of an admitted request, as SGLang looks for them."""
+    found = getattr(req, "idlm_stops", None)
+    if found is None:
+        params, tokenizer = req.sampling_params, req.tokenizer
+        ids = set(params.stop_token_ids or ()) | set(req.eos_token_ids or ())
+        if tokenizer is not None:
+            ids |= {tokenizer.eos_token_id} | set(tokenizer.additional_stop_token_ids or ())
+        found = req.idlm_stops = frozenset() if params.ignore_eos else frozenset(ids - {None})
+    return found
+
+
 class BatchRows:
     """Per-request constants of one decode batch, built on the host and copied to the device once.
 
@@ -110,10 +123,21 @@ class BatchRows:
         self.grammars = [i for i, req in enumerate(reqs) if req.grammar is not None and settings.strided_grammars]
         self.single_grammar = not settings.strided_grammars and any(req.grammar is not None for req in reqs)
         self.penalised = penalised_rows(reqs, vocab, device)
+        self._coupled = list(zip(reqs, coupled))
         self.any_sampled = any(r.sampling_params.top_k > 1 for r in reqs)
         self.flags = host_flags((r.sampling_params.top_k, r.sampling_params.top_p, r.sampling_params.min_p) for r in reqs)
         self.keyed = any(p.coupled and r.sampling_params.top_k > 1 for p, r in zip(plans, reqs))
         self.any_rejection = any(not c and r.sampling_params.top_k > 1 for c, r in zip(coupled, reqs))
+
+    @cached_property
+    def stops(self) -> list[frozenset[int]]:
+        """Tokens that end each request's answer; none for the rejection rule, which may not look at drafts."""
+        return [stop_tokens(req) if c or req.sampling_params.top_k <= 1 else frozenset() for req, c in self._coupled]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Columns of each request when its answer is as long as it may be."""
+        return [len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req, _ in self._coupled]
 
     def give_seeds(self, info) -> None:
         """``engine.sampler.give_seeds`` for a batch of these requests."""

@@ -36,6 +36,16 @@ class SingleStep:
         return self._pending[:, None]
 
     @property
+    def lens(self) -> list[int]:
+        """Rows of each request."""
+        return [1] * len(self._pending)
+
+    @staticmethod
+    def flat(values: torch.Tensor) -> torch.Tensor:
+        """``(B, 1)`` to ``(B,)``."""
+        return values.view(-1)
+
+    @property
     def places(self) -> torch.Tensor:
         return self._slots[:, None]
 

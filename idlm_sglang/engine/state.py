@@ -15,7 +15,7 @@ _DRAFTS = 4
 class Carried:
     """Drafts a batch brings into a step: ``drafts (B, K)``, ``counts (B,)``, ``log_q (B, K)``, ``q (B, K, V)`` or None, ``clean (B,)``.
 
-    The first ``clean`` drafts are no survivors of a rejection.
+    The first ``clean`` drafts are no survivors of a rejection. ``sure (B, K)``: :class:`~idlm_sglang.isd.propose.Proposal`'s, or None.
     """
 
     drafts: torch.Tensor
@@ -23,6 +23,7 @@ class Carried:
     log_q: torch.Tensor
     q: torch.Tensor | None
     clean: torch.Tensor
+    sure: torch.Tensor | None = None
 
 
 class SlotState:
@@ -45,6 +46,7 @@ class SlotState:
         self.lengths.fill_(-1)
         self.drafts = self._table[:, _DRAFTS:]
         self.log_q = torch.zeros(slots, drafts, dtype=torch.float32, device=device)
+        self.sure = torch.zeros(slots, drafts, dtype=torch.float32, device=device)
         self.q = torch.zeros(slots, drafts, vocab, dtype=torch.float32, device=device) if keep_q else None
         self._tables: dict[int, StepTables] = {}
 
@@ -63,20 +65,21 @@ class SlotState:
         """Forget the drafts of ``slots`` ``(B,)``."""
         self.counts[slots] = 0
 
-    def load(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, limits: torch.Tensor, k: int, with_q: bool) -> Carried:
+    def load(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, limits: torch.Tensor, k: int, with_q: bool, with_sure: bool = False) -> Carried:
         """The valid drafts of a batch, truncated to each request's limit and to the step's K.
 
         Args:
             slots, numbers, seq_lens, limits: ``(B,)`` integer.
             k: drafts per request in this step (host).
-            with_q: whether q is read.
+            with_q: whether q is read; with_sure: whether it is asked how sure the drafts are.
         """
         kept = self._table.index_select(0, slots)
         counts, clean, owners, lengths = kept[:, :_DRAFTS].unbind(1)
         fits = (owners == numbers) & (lengths == seq_lens)
         counts = torch.where(fits, torch.minimum(counts, limits), 0).clamp(max=k)
         q = self.q[slots, :k] if with_q else None
-        return Carried(kept[:, _DRAFTS : _DRAFTS + k], counts, self.log_q[slots, :k], q, torch.minimum(clean, counts))
+        sure = self.sure[slots, :k] if with_sure else None
+        return Carried(kept[:, _DRAFTS : _DRAFTS + k], counts, self.log_q[slots, :k], q, torch.minimum(clean, counts), sure)
 
     def store(self, slots: torch.Tensor, numbers: torch.Tensor, seq_lens: torch.Tensor, proposal: Proposal) -> None:
         """Keep a step's proposal for the request ``numbers`` at its new length ``seq_lens`` (both ``(B,)``)."""
@@ -84,5 +87,7 @@ class SlotState:
         head = torch.stack([proposal.counts, proposal.clean, numbers, seq_lens.to(torch.int64)], dim=1)
         self._table[slots, : _DRAFTS + k] = torch.cat([head, proposal.drafts], dim=1)
         self.log_q[slots, :k] = proposal.log_q
+        if proposal.sure is not None:
+            self.sure[slots, :k] = proposal.sure
         if proposal.q is not None:
             self.q[slots, :k] = proposal.q

@@ -36,6 +36,7 @@ class Layout:
         pending: ``(B,)`` int64, the last committed token of each request.
         table: ``(slots, columns)`` integer, SGLang's page table; it has columns for all W rows.
         mask_id: the MASK token id. last_position: of the rotary table, which ends with the context.
+        ragged: rows may be trimmed, by how sure the drafts are.
     """
 
     k: int
@@ -44,6 +45,7 @@ class Layout:
     table: torch.Tensor
     mask_id: int
     last_position: int
+    ragged: bool = False
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class StepInputs:
         forks: ``(B,)`` integer, how many of them the MASK rows see.
         tokens: ``(B, W)`` int64 input ids. positions: ``(B, W)`` int64, not behind the last of the rotary table. places: ``(B, W)`` int64 KV slots.
         read: which rows of logits are read, and the positions that key their noise, both ``(B, W)`` int64; None where `isd.isd_step` finds them.
+        masks: ``(B,)`` int64, MASK rows of each request where its rows were trimmed (`isd.trim`); None: K.
     """
 
     carried: Carried
@@ -63,6 +66,7 @@ class StepInputs:
     positions: torch.Tensor
     places: torch.Tensor
     read: tuple[torch.Tensor, torch.Tensor] | None = None
+    masks: torch.Tensor | None = None
 
 
 # From the drafts that the slots keep to those that are laid out.
@@ -72,7 +76,7 @@ Adjust = Callable[[Carried], Carried]
 def load(requests: Requests, layout: Layout, with_q: bool, adjust: Adjust | None) -> StepInputs:
     """The inputs of a step in plain torch. ``with_q``: the drafts' distributions are read."""
     tables = requests.state.tables(layout.k)
-    carried = requests.state.load(requests.slots, requests.numbers, requests.seq_lens, requests.limits, layout.k, with_q)
+    carried = requests.state.load(requests.slots, requests.numbers, requests.seq_lens, requests.limits, layout.k, with_q, layout.ragged)
     if adjust is not None:
         carried = adjust(carried)
     seen = forks(carried.clean, carried.counts, layout.salvage)

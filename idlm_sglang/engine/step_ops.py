@@ -50,8 +50,8 @@ class StepOps(Protocol):
         Returns these ``(B,)``, and the step's figures ``(B, 4)`` float32 (`spec_io.IsdResult`).
         """
 
-    def first(self, logits: torch.Tensor, requests: Requests, sampling: SamplingRows) -> Proposal:
-        """`isd.first_proposal`, kept in the slots."""
+    def first(self, logits: torch.Tensor, requests: Requests, sampling: SamplingRows, sure: bool = False) -> Proposal:
+        """`isd.first_proposal`, kept in the slots. ``sure``: with how sure the drafts are, which the kernels do not say."""
 
     def keep(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """What :meth:`draw` and :meth:`probabilities` need of ``logits`` ``(B, 1, V)`` float32, which the caller then overwrites."""
@@ -78,7 +78,7 @@ class TorchOps:
     def step(self, logits, requests, inputs, sampling, salvage) -> StepOutcome:
         carried, tables = inputs.carried, requests.state.tables(logits.shape[1] // 2)
         return isd_step(
-            logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage, tables
+            logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage, tables, inputs.masks
         )
 
     def store(self, requests, inputs, step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,8 +86,8 @@ class TorchOps:
         requests.state.store(requests.slots, requests.numbers, lengths, step.proposal)
         return lengths, torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
 
-    def first(self, logits, requests, sampling) -> Proposal:
-        proposal = first_proposal(logits, requests.limits, requests.seq_lens, sampling)
+    def first(self, logits, requests, sampling, sure=False) -> Proposal:
+        proposal = first_proposal(logits, requests.limits, requests.seq_lens, sampling, sure)
         requests.state.store(requests.slots, requests.numbers, requests.seq_lens, proposal)
         return proposal
 
@@ -144,7 +144,7 @@ class TritonOps:
         next_ = step.proposal
         return self._keep(requests, next_.drafts, next_.counts, next_.clean, next_.log_q, verified)
 
-    def first(self, logits, requests, sampling) -> Proposal:
+    def first(self, logits, requests, sampling, sure=False) -> Proposal:
         draws = self._step.first_drafts(self._plain(logits, requests.seq_lens), sampling, requests.state.q, requests.slots)
         counts = requests.limits.to(torch.int64).clamp(max=logits.shape[1])
         self._keep(requests, draws.tokens, counts, counts, draws.log_p)

@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from idlm_sglang.engine.grammar import GrammarStep
 from idlm_sglang.engine.masks import columns_of
+from idlm_sglang.engine.ragged import RaggedRows, trimmed
 from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
 from idlm_sglang.engine.state import Carried
@@ -32,6 +33,7 @@ class StridedStep:
         tokens: ``(B, W)`` int64, W = 2N - 1.
         positions: ``(B, W)`` int64. Those of rows behind the context's end, which commit nothing, are inside it, too.
         places: ``(B, W)`` int64 KV slots.
+        ragged: which of these rows are computed, None: all.
         visible: ``(B, W, W)`` bool, the step's columns that its rows see on top of causality; None: all, or those that a mask leaves (``engine.masks``).
     """
 
@@ -41,9 +43,13 @@ class StridedStep:
         self.width = 2 * k + 1
         self._grammars = GrammarStep(batch.reqs, rows.grammars, rows.limits_host, k, worker.vocab, worker.mask_id) if rows.grammars else None
         self._requests = Requests(worker.state, batch.req_pool_indices, rows.numbers, batch.seq_lens, rows.limits)
-        layout = Layout(k, salvage, batch.spec_info.bonus_tokens, worker.req_to_token, worker.mask_id, worker.last_position)
-        self._inputs = worker.ops.load(self._requests, layout, rows.any_rejection, None if self._grammars is None else self._adjusted)
+        trims, self._worth = worker.trims, None
+        layout = Layout(k, salvage, batch.spec_info.bonus_tokens, worker.req_to_token, worker.mask_id, worker.last_position, trims)
+        self._inputs = worker.ops.load(self._requests, layout, rows.any_rejection, self._adjusted if trims or self._grammars else None)
         self._carried = self._inputs.carried
+        self.ragged = RaggedRows.of(self._carried.counts, [worth.masks for worth in self._worth], self.width) if trims else None
+        if self.ragged is not None:
+            self._inputs.masks = self.ragged.masks
         self.tokens, self.positions, self.places = self._inputs.tokens, self._inputs.positions, self._inputs.places
         hides = salvage == BRANCH and worker.masks is None
         self.visible = None
@@ -51,7 +57,25 @@ class StridedStep:
             tables = worker.state.tables(k)
             self.visible = tables.visible.index_select(0, tables.pair(self._carried.counts, self._inputs.forks))
 
+    @property
+    def lens(self) -> list[int]:
+        """Rows of each request in the forward."""
+        return [self.width] * len(self.tokens) if self.ragged is None else self.ragged.lens
+
+    def flat(self, values: torch.Tensor) -> torch.Tensor:
+        """``(R,)``: what ``(B, W)`` holds of the rows in the forward."""
+        return values.view(-1) if self.ragged is None else self.ragged.pick(values)
+
+    def spread(self, logits: torch.Tensor) -> torch.Tensor:
+        """The forward's logits ``(R, V)`` as ``(B, W, V)`` float32; zeros for rows that are not in it."""
+        logits = logits.float()
+        return logits.view(*self.tokens.shape, -1) if self.ragged is None else self.ragged.spread(logits, self.width)
+
     def _adjusted(self, carried: Carried) -> Carried:
+        if self._worker.trims:
+            carried, self._worth = trimmed(carried, self._rows, self._batch.seq_lens.tolist(), self._rows.drafts, self._salvage)
+        if self._grammars is None:
+            return carried
         carried, failed = self._grammars.adjust(carried)
         for row, error in failed.items():
             self._batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
@@ -60,20 +84,23 @@ class StridedStep:
     def verify(self):
         """The step's own TARGET_VERIFY forward: SGLang's result and the logits ``(B, W, V)`` float32."""
         worker, batch = self._worker, self._batch
-        batch.out_cache_loc = self.places.view(-1)
+        batch.out_cache_loc = self.flat(self.places)
         mask = None
         if self._salvage == BRANCH and worker.masks is not None:
             mask = worker.masks.write(self._carried.counts, self._inputs.forks, batch.seq_lens, self.width, columns_of(batch.reqs))
-        verify = IsdVerifyInput(self.tokens.view(-1), self.positions.view(-1), self.width, custom_mask=mask, new_visible=self.visible)
+        layout = None if self.ragged is None else self.ragged.layout()
+        verify = IsdVerifyInput(
+            self.flat(self.tokens), self.flat(self.positions), self.width, custom_mask=mask, new_visible=self.visible, ragged_verify_layout=layout
+        )
         forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker, defer_metadata_init=True)
         with self.gate():
             out = worker.phases.forward(worker.target_worker.forward_batch_generation, batch=None, forward_batch=forward_batch, is_verify=True)
-        logits = out.logits_output.next_token_logits.float().view(len(batch.reqs), self.width, -1)
-        return out, logits
+        return out, self.spread(out.logits_output.next_token_logits)
 
     def gate(self, first: int = 0, others: torch.Tensor | None = None):
         """In here an adapter acts on the step's MASK rows, the forward's rows from ``first`` on being its own, and on ``others`` (``engine.lora``)."""
-        return self._worker.gate.masks(self._carried.counts, self._rows.drafts, first, others)
+        places = None if self.ragged is None else self.ragged.places
+        return self._worker.gate.masks(self._carried.counts, self._rows.drafts, first, others, places)
 
     def finish(self, out, logits: torch.Tensor, on_publish=None) -> IsdResult:
         """Commit tokens and draw the next drafts.
@@ -94,7 +121,7 @@ class StridedStep:
             compute_spec_logprobs(batch, output, step.tokens.view(-1), chain_stride=k + 1)
             # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
             output.next_token_logits = None
-        result = decode_result(out, output, new_seq_lens, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host)
+        result = decode_result(out, output, new_seq_lens, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host, self._worth)
         if on_publish is not None:
             on_publish(new_seq_lens)
         return result

@@ -11,7 +11,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
-from idlm_sglang.config import AUTO, MAX_STRIDE, REJECTION, SettingError, handed_down
+from idlm_sglang.config import AUTO, MAX_STRIDE, ON, REJECTION, SettingError, handed_down
 from idlm_sglang.engine import graphs, lora, masks, reserve
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.beside import can_join, prefill
@@ -68,6 +68,7 @@ class IsdWorker(BaseSpecWorker):
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.ops = step_ops(self.settings.step_ops)
+        self.trims = self.settings.ragged_verify == ON
         self.stride = self.settings.stride
         self.auto = self.settings.auto
         self.control: StrideControl | None = None

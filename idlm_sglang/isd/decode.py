@@ -12,6 +12,7 @@ from idlm_sglang.isd.layout import OFF, forks, row_offsets, step_tokens, visible
 from idlm_sglang.isd.step import isd_step
 from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import SamplingRows, host_flags
+from idlm_sglang.isd.trim import trim
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Decoded:
         forwards: decode forwards, the prefill not counted.
         proposed, accepted: drafts verified and accepted, by position (index 0 is position 1); survivors apart.
         introspection, tried: sum of min(1, p/q) over tried drafts, and their number.
+        rows: of all decode forwards.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -33,6 +35,7 @@ class Decoded:
     salvage_accepted: list[int] = field(default_factory=list)
     introspection: float = 0.0
     tried: int = 0
+    rows: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
@@ -66,6 +69,7 @@ def decode(
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
     salvage: str = OFF,
+    trims: bool = False,
 ) -> Decoded:
     """Decode one prompt at a fixed stride; stride 1 is plain autoregressive decoding.
 
@@ -79,11 +83,15 @@ def decode(
         max_tokens: most tokens to commit.
         stop_ids: end tokens.
         salvage: what a rejection leaves: nothing (``off``), or survivors for a ``branch`` round or a ``chain``.
+        trims: leave rows out that are not worth their cost (:mod:`idlm_sglang.isd.trim`); what would be read of them is NaN.
     """
     k = stride - 1
     committed = torch.tensor([prompt], dtype=torch.int64)
 
-    def last_rows(tokens: torch.Tensor, width: int, *branch: torch.Tensor) -> torch.Tensor:
+    def last_rows(tokens: torch.Tensor, width: int, *branch: torch.Tensor, left_out: int = 0) -> torch.Tensor:
+        if left_out:
+            logits = last_rows(tokens[:, :-left_out], width - left_out, *branch)
+            return torch.cat([logits, logits.new_full((1, left_out, logits.shape[-1]), float("nan"))], dim=1)
         positions = torch.arange(tokens.shape[1])[None]
         if branch and branch[1] < branch[0]:
             positions[:, -width:] = positions[:, -width] + row_offsets(*branch, width)
@@ -109,13 +117,21 @@ def decode(
     drafts = torch.zeros(1, k, dtype=torch.int64)
     log_q, q = torch.zeros(1, k), torch.zeros(1, k, vocab)
     limit, tables = torch.tensor([k]), StepTables(k, "cpu")
+    by_rejection = rows.any_sampled and not bool(rows.coupled)
+    sure, masks, left_out = torch.zeros(1, k), None, 0
 
     while len(out.tokens) < max_tokens and out.tokens[-1] not in stop_ids:
         pending = torch.tensor([out.tokens[-1]])
+        if trims:
+            stops, left = frozenset() if by_rejection else stop_ids, max_tokens - len(out.tokens)
+            worth = trim(drafts[0, : int(counts)].tolist(), int(clean), sure[0].tolist(), stops, left, k, salvage)
+            counts, masks = torch.tensor([worth.drafts]), torch.tensor([worth.masks])
+            clean, left_out = torch.minimum(clean, counts), 2 * k + 1 - len(worth)
         step = step_tokens(pending, drafts, counts, mask_id)
         seq_len = torch.tensor([committed.shape[1]])
-        logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1], counts, forks(clean, counts, salvage))
-        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows, forks(clean, counts, salvage), salvage != OFF, tables)
+        logits = last_rows(torch.cat([committed, step], dim=1), step.shape[1], counts, forks(clean, counts, salvage), left_out=left_out)
+        result = isd_step(logits, drafts, counts, log_q, q, limit, seq_len, rows, forks(clean, counts, salvage), salvage != OFF, tables, masks)
+        out.rows += step.shape[1] - left_out
         valid, accepted = int(counts), int(result.accept_lens) - 1
         linear = bool(clean == counts)
         for position in range(valid):
@@ -132,4 +148,5 @@ def decode(
                 break
         drafts, counts, clean, log_q = result.proposal.drafts, result.proposal.counts, result.proposal.clean, result.proposal.log_q
         q = result.proposal.q if result.proposal.q is not None else q
+        sure = result.proposal.sure
     return out

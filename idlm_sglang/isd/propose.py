@@ -20,6 +20,8 @@ t + 1, committed tokens and the request's parameters. So given all that decided 
 q. This holds for survivors, whose q may depend on old drafts that are never tried: these are older in that order. What
 is kept depends on j, that is, on drafts that were tried, never on the value of one still to be tried.
 
+**Fewer MASK rows.** Of a request whose rows were trimmed (:mod:`idlm_sglang.isd.trim`) to M < K MASK rows the spine ends at f + M.
+
 **Limits.** A request keeps min(its limit, what is ahead). A narrower stride or a lower limit cuts drafts from the end,
 a wider one adds none; what is clean stays so. Neither looks at values.
 """
@@ -43,6 +45,8 @@ class Proposal:
         log_q: ``(B, K)`` float32, log q of each draft (0 for greedy requests).
         q: ``(B, K, V)`` float32, or None when no request of the batch uses the rejection rule.
         clean: ``(B,)`` int64, how many of them are no survivors of a rejection: all or none.
+        sure: ``(B, K)`` float32, log of the probability that each stands, as far as its row knows: that of a greedy request's draft, 0 for
+            sampled ones. None where it was not asked for.
     """
 
     drafts: torch.Tensor
@@ -50,6 +54,7 @@ class Proposal:
     log_q: torch.Tensor
     q: torch.Tensor | None
     clean: torch.Tensor
+    sure: torch.Tensor | None = None
 
 
 def propose(
@@ -61,6 +66,8 @@ def propose(
     limits: torch.Tensor,
     salvage: bool,
     tables: StepTables,
+    masks: torch.Tensor | None = None,
+    drawn: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Proposal:
     """Drafts for the positions behind the token that this step commits last.
 
@@ -72,9 +79,13 @@ def propose(
         limits: ``(B,)`` integer, the most drafts each request may carry (its own stride minus one).
         salvage: keep survivors; otherwise a request whose MASK rows saw a rejected draft takes a cold step next.
         tables: those of K drafts.
+        masks: ``(B,)`` int64, the MASK rows M of each request; None: K.
+        drawn: values ``(B, R, V)`` as of :func:`certainty` and ``(B, 2K + 1)`` int64, which of their rows ``chosen`` are from; None: nobody asks how sure
+            the drafts are.
     """
     found = tables.next.index_select(0, tables.pair(run, forks))
-    counts, clean = torch.minimum(limits[:, None], found[:, :2]).unbind(1)
+    most = limits if masks is None else torch.minimum(limits, (forks + masks - run).clamp(min=0))
+    counts, clean = torch.minimum(most[:, None], found[:, :2]).unbind(1)
     if salvage:
         index = found[:, 2:]
     else:
@@ -88,4 +99,20 @@ def propose(
             log_q = torch.where(rows.greedy[:, None], 0.0, log_q)
         if rows.any_rejection:
             q = pick(scores, index).exp()
-    return Proposal(drafts, counts, log_q, q, clean)
+    sure = None if drawn is None else certainty(pick(drawn[0], drawn[1].gather(1, index)), drafts, rows)
+    return Proposal(drafts, counts, log_q, q, clean, sure)
+
+
+def certainty(values: torch.Tensor, drafts: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """How sure greedy drafts are.
+
+    Args:
+        values: ``(B, R, V)`` float32, those of :func:`~idlm_sglang.isd.target.target_scores` (of a greedy request: logits).
+        drafts: ``(B, R)`` int64, drawn from them.
+
+    Returns:
+        ``(B, R)`` float32: log of the probability that the row gives its draft; 0 for sampled requests. Under the coupled rule those are accepted
+        where target and draft distribution agree, which no row knows by itself.
+    """
+    sure = take(values, drafts) - values.logsumexp(-1)
+    return torch.where(rows.greedy[:, None], sure, 0.0) if rows.any_sampled else sure

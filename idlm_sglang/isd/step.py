@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm_sglang.isd import noise
-from idlm_sglang.isd.propose import Proposal, propose
+from idlm_sglang.isd.propose import Proposal, certainty, propose
 from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import SamplingRows, best, choice, target_scores
 from idlm_sglang.isd.verify import accepted_by_rejection, leading, pick, residual, take, valid_drafts
@@ -45,6 +45,7 @@ def isd_step(
     forks: torch.Tensor | None = None,
     salvage: bool = False,
     tables: StepTables | None = None,
+    masks: torch.Tensor | None = None,
 ) -> StepOutcome:
     """Verify the drafts of a step and draw the next ones.
 
@@ -59,6 +60,8 @@ def isd_step(
         forks: ``(B,)`` integer, drafts that the MASK rows saw; None: all of them (a linear step).
         salvage: a rejection leaves survivors (see :mod:`idlm_sglang.isd.propose`); otherwise a cold step follows it.
         tables: those of K drafts, on the device of the logits; None: made for this call.
+        masks: ``(B,)`` int64, how many MASK rows of each request were computed (:mod:`idlm_sglang.isd.trim`); what the logits hold in the place of the
+            others is not read. None: K of each. Where it is given the proposal says how sure its drafts are.
     """
     batch, width, vocab = logits.shape
     k = (width - 1) // 2
@@ -113,11 +116,12 @@ def isd_step(
         # 1 for each draft that is accepted, 0 for the one that is not.
         introspection = run.float()
 
-    proposal = propose(scores, chosen, rows, run, forks, limits, salvage, tables)
+    drawn = None if masks is None else (logits, index) if scores is None else (scores, tables.column.expand(batch, -1))
+    proposal = propose(scores, chosen, rows, run, forks, limits, salvage, tables, masks, drawn)
     return StepOutcome(tokens, (run + 1).to(torch.int32), last, proposal, introspection, run)
 
 
-def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows) -> Proposal:
+def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.Tensor, rows: SamplingRows, sure: bool = False) -> Proposal:
     """Drafts from MASK rows that stood behind a prompt, in the prefill's own forward.
 
     Args:
@@ -125,6 +129,7 @@ def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.T
         limits: ``(B,)`` integer, the most drafts each request may carry.
         seq_lens: ``(B,)`` integer, length of the prompt: the position of the token that the prefill draws itself.
         rows: sampling parameters.
+        sure: the proposal says how sure its drafts are.
     """
     _, k, vocab = logits.shape
     scores = target_scores(logits, rows)
@@ -135,4 +140,5 @@ def first_proposal(logits: torch.Tensor, limits: torch.Tensor, seq_lens: torch.T
         chosen = best(scores)
     log_q = torch.where(rows.greedy[:, None], 0.0, take(scores, chosen))
     counts = limits.to(torch.int64).clamp(max=k)
-    return Proposal(chosen, counts, log_q, scores.exp() if rows.any_rejection else None, counts)
+    q = scores.exp() if rows.any_rejection else None
+    return Proposal(chosen, counts, log_q, q, counts, certainty(scores, chosen, rows) if sure else None)

@@ -27,17 +27,17 @@ class TiledAttnBackend(TorchNativeAttnBackend):
         self._column_bytes = 2 * key_cache[0].nbytes
         # In bfloat16 sums in another order round to other bits often enough to change one answer in a hundred.
         self._one_order = model_runner.dtype == torch.bfloat16
-        self._hidden: torch.Tensor | None = None
+        self._step: tuple[int, torch.Tensor | None] = 0, None
 
     @contextmanager
-    def hiding(self, new_visible: torch.Tensor | None):
-        """In here the last B requests of an extend, with W rows each, see of their own new columns what ``new_visible``
-        ``(B, W, W)`` bool leaves of them; None hides nothing."""
-        self._hidden = new_visible
+    def with_step(self, requests: int, new_visible: torch.Tensor | None):
+        """In here the last ``requests`` of an extend are those of a decode step, with W rows each at most. They see of their own new columns what
+        ``new_visible`` ``(requests, W, W)`` bool leaves of them; None hides nothing."""
+        self._step = requests, new_visible
         try:
             yield
         finally:
-            self._hidden = None
+            self._step = 0, None
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -65,8 +65,11 @@ class TiledAttnBackend(TorchNativeAttnBackend):
             # seq_lens counts the new token; a padding request has 0.
             row_counts, prefix_lens = 1, (seq_lens - 1).clamp(min=0)
         elif forward_batch.forward_mode.is_target_verify():
-            # seq_lens counts committed columns only; every request brings the same number of new rows.
+            # seq_lens counts committed columns only. Every request brings the same number of new rows, or those that a layout says.
             row_counts, prefix_lens = forward_batch.spec_info.num_tokens_per_req, seq_lens
+            layout = getattr(forward_batch.spec_info, "ragged_verify_layout", None)
+            if layout is not None:
+                row_counts = layout.verify_lens
             new_visible = getattr(forward_batch.spec_info, "new_visible", None)
             if new_visible is not None and new_visible.all():
                 new_visible = None  # no request of this step is in a branch: the plain mask is cheaper
@@ -74,7 +77,8 @@ class TiledAttnBackend(TorchNativeAttnBackend):
             prefix_lens, row_counts = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
             on_host = forward_batch.extend_seq_lens_cpu
             if on_host is not None:
-                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes, self._hidden, self._one_order)
+                step, visible = self._step
+                return make_parts(table, forward_batch.req_pool_indices, prefix_lens, list(on_host), self._column_bytes, visible, self._one_order, step)
         return [make_plan(table, forward_batch.req_pool_indices, prefix_lens, row_counts, self._column_bytes, new_visible, self._one_order)]
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True):

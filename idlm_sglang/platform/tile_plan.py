@@ -12,6 +12,8 @@ SLAB_BYTES = 4 << 20
 LONE_SLAB_BYTES = 1 << 20
 EVEN_SLAB_BYTES = 8 << 20
 _PADDING = 1.75
+# Tiles of different heights share a slab where none has more rows than this: 2N - 1 at the largest stride.
+_ALIKE = 31
 # Masks are shared by all layers of a forward while they fit, and rebuilt in each layer when they do not.
 KEPT_MASK_BYTES = 64 << 20
 # Columns are padded to whole SIMD vectors: a column then always meets the same lane, whatever the padding.
@@ -117,6 +119,11 @@ def make_plan(
             return Plan(len(prefix_lens) * row_counts, [slab], one_order)
         row_counts = torch.full_like(prefix_lens, row_counts)
     prefix, counts = prefix_lens.cpu().long(), row_counts.cpu().long()
+    fewest, most = (int(n) for n in counts.aminmax())
+    if 0 < fewest and most <= _ALIKE and _one_slab(prefix, most, _aligned(int(prefix.max()) + most, one_order), column_bytes):
+        ends = counts.cumsum(0)
+        slab = _slab(req_to_token, req_pool_indices, prefix, counts, ends - counts, int(ends[-1]), new_visible, one_order)
+        return Plan(int(ends[-1]), [slab], one_order)
 
     tiles_per_request = (counts + (TILE_ROWS - 1)) // TILE_ROWS
     request = torch.repeat_interleave(torch.arange(len(counts)), tiles_per_request)
@@ -163,19 +170,20 @@ def make_parts(
     column_bytes: int,
     new_visible: torch.Tensor | None = None,
     one_order: bool = False,
+    step: int = 0,
 ) -> list[Plan]:
-    """Plans of a batch's rows in order: requests of any row counts, then those behind them that all have the last one's, where it is low.
+    """Plans of a batch's rows in order: requests of any row counts, then the ``step`` ones of a decode step behind them; where none are named, those that
+    all have the last one's row count, where it is low.
 
-    Decode rows behind prompts are of one height; in slabs of their own nothing of theirs is picked out of q or padded to a prompt's.
-    Arguments as for :func:`make_plan`, ``row_counts`` on the host; ``new_visible`` is of the last requests alone.
+    In slabs of their own nothing of a step's rows is padded to a prompt's, nor, where they are of one height, picked out of q.
+    Arguments as for :func:`make_plan`, ``row_counts`` on the host; ``new_visible`` is of the step's requests alone.
     """
-    first = len(row_counts)
-    while first > 0 and row_counts[first - 1] == row_counts[-1]:
-        first -= 1
-    if new_visible is not None:
-        first = len(row_counts) - len(new_visible)
-    elif row_counts[-1] == 0 or max(row_counts[:first], default=0) < 2 * row_counts[-1]:
-        first = 0
+    first = len(row_counts) - step
+    if not step:
+        while first > 0 and row_counts[first - 1] == row_counts[-1]:
+            first -= 1
+        if row_counts[-1] == 0 or max(row_counts[:first], default=0) < 2 * row_counts[-1]:
+            first = 0
     plans = []
     for part in (slice(0, first), slice(first, None)):
         counts = row_counts[part]

@@ -89,6 +89,7 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--sampling-rule", metavar="RULE", help="exact rule for sampled requests without a seed: coupled (default; the server draws one) or rejection")
     option("--selfcheck", metavar="SHARE", help=f"share of answers asked again at one token per step when idle, 0 to 1 (default {DEFAULT_SELFCHECK})")
     option("--salvage", metavar="MODE", help="what a rejection leaves for the next step: auto (default), branch, chain or off")
+    option("--ragged-verify", metavar="MODE", help="leave out rows of a step that are not worth their cost: auto (default: on a CPU), on or off")
     option("--mixed-steps", metavar="on|off", help="with the overlap schedule off, decode steps ride in the forwards of prompts (default on)")
     option("--step-ops", metavar="KIND", help="what turns logits into tokens: auto (default), torch, or triton, the project's kernels on a CUDA GPU")
     option("--decode-graphs", metavar="on|off|auto", help="decode forwards in CUDA graphs, one set per stride (default auto: off until they have been measured)")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, DECODE_GRAPHS, MAX_STRIDE, OFF, ON, REJECTION, SALVAGE, STEP_OPS
+from idlm_sglang.config import ALGORITHM, AUTO, COUPLED, DECODE_GRAPHS, MAX_STRIDE, OFF, ON, RAGGED_VERIFY, REJECTION, SALVAGE, STEP_OPS
 from idlm_sglang.config import SettingError, share, stride_or_auto, whole_number
 from idlm_sglang.demo import CHECKPOINT_DIR, RISD_ADAPTER_DIR, RISD_BASE_DIR
 
@@ -182,7 +182,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--ar and {_ALGORITHM} {algorithm} were both given; allowed: one of them")
     strided = {"--stride": own.stride, "--max-stride": own.max_stride, "--sampling-rule": own.sampling_rule}
     strided |= {"--selfcheck": own.selfcheck, "--salvage": own.salvage, "--mixed-steps": own.mixed_steps, "--idlm-lora": own.idlm_lora}
-    strided |= {"--decode-graphs": own.decode_graphs}
+    strided |= {"--decode-graphs": own.decode_graphs, "--ragged-verify": own.ragged_verify}
     for flag, value in (strided | {"--step-ops": own.step_ops}).items():
         if value is None:
             continue
@@ -205,6 +205,8 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         raise SettingError(f"--step-ops {own.step_ops} is not known; allowed: {', '.join(STEP_OPS)}")
     if own.decode_graphs not in (None, *DECODE_GRAPHS):
         raise SettingError(f"--decode-graphs {own.decode_graphs} is not known; allowed: {', '.join(DECODE_GRAPHS)}")
+    if own.ragged_verify not in (None, *RAGGED_VERIFY):
+        raise SettingError(f"--ragged-verify {own.ragged_verify} is not known; allowed: {', '.join(RAGGED_VERIFY)}")
     if own.idlm_lora is not None and not Path(own.idlm_lora).expanduser().is_dir():
         raise SettingError(f"--idlm-lora {own.idlm_lora} is not a directory; allowed: the directory of an adapter in PEFT's format")
     if own.selfcheck is not None:
@@ -228,6 +230,7 @@ def _settings(own: Namespace, words: _Words) -> tuple[dict[str, str], dict[str, 
         "IDLM_LORA": ("--idlm-lora", own.idlm_lora),
         "IDLM_STEP_OPS": ("--step-ops", own.step_ops),
         "IDLM_DECODE_GRAPHS": ("--decode-graphs", own.decode_graphs),
+        "IDLM_RAGGED_VERIFY": ("--ragged-verify", own.ragged_verify),
     }
     if own.no_live_page:
         typed["IDLM_LIVE_PAGE"] = ("--no-live-page", OFF)

@@ -72,6 +72,7 @@ def test_auto_goes_as_far_as_the_checkpoint_was_trained_unless_told_otherwise():
         (None, {"IDLM_MIXED_STEPS": "yes"}, ["IDLM_MIXED_STEPS", "'yes'", "on, off"]),
         (None, {"IDLM_STEP_OPS": "cuda"}, ["IDLM_STEP_OPS", "'cuda'", "auto, torch, triton"]),
         (None, {"IDLM_DECODE_GRAPHS": "yes"}, ["IDLM_DECODE_GRAPHS", "'yes'", "auto, on, off"]),
+        (None, {"IDLM_RAGGED_VERIFY": "yes"}, ["IDLM_RAGGED_VERIFY", "'yes'", "auto, on, off"]),
         (None, {"IDLM_SAMPLING_RULE": "relaxed"}, ["IDLM_SAMPLING_RULE", "'relaxed'", "coupled, rejection"]),
     ],
 )

@@ -49,6 +49,7 @@ def fake_worker(device, logits, salvage, kind):
         return out
 
     worker._target_worker = SimpleNamespace(forward_batch_generation=forward)
+    worker.trims = False  # that looks at the drafts, on a CPU, where they are at hand
     return worker
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from idlm_sglang.engine.beside import with_step
+from idlm_sglang.engine.ragged import RaggedRows
 from idlm_sglang.engine.warm import with_masks
 
 MASK = 99
@@ -45,6 +46,7 @@ def test_masks_stand_behind_their_prompts_and_the_batch_is_left_alone():
 
 
 def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():
+    """Also where requests bring different numbers of rows: the first ones of theirs."""
     table = torch.arange(5 * 32, dtype=torch.int32).view(5, 32)
     batch = SimpleNamespace(
         input_ids=torch.arange(10, 13, dtype=torch.int32),
@@ -62,13 +64,16 @@ def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():
         out_cache_loc=table[2, 4:7].long(),
     )
     lengths, slots = torch.tensor([9, 20]), torch.tensor([1, 4])
-    step = SimpleNamespace(tokens=torch.tensor([[5, 6, MASK], [7, MASK, MASK]]), places=table[slots[:, None], lengths[:, None] + torch.arange(3)].long())
+    ragged = RaggedRows.of(torch.tensor([1, 0]), [1, 1], 3)
+    assert ragged.lens == [3, 2] and RaggedRows.of(torch.tensor([1, 0]), [1, 2], 3) is None
+    tokens, places = torch.tensor([[5, 6, MASK], [7, MASK, MASK]]), table[slots[:, None], lengths[:, None] + torch.arange(3)].long()
+    step = SimpleNamespace(tokens=tokens, places=places, lens=ragged.lens, flat=ragged.pick)
 
     with_step(batch, step, lengths, lengths, slots)
 
-    assert batch.input_ids.tolist() == [10, 11, 12, 5, 6, MASK, 7, MASK, MASK] and batch.input_ids.dtype == torch.int32
-    assert batch.extend_lens == [3, 3, 3] and batch.prefix_lens == [4, 9, 20] and batch.extend_num_tokens == 9
-    assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == batch.orig_seq_lens.tolist() == [7, 12, 23]
+    assert batch.input_ids.tolist() == [10, 11, 12, 5, 6, MASK, 7, MASK] and batch.input_ids.dtype == torch.int32
+    assert batch.extend_lens == [3, 3, 2] and batch.prefix_lens == [4, 9, 20] and batch.extend_num_tokens == 8
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == batch.orig_seq_lens.tolist() == [7, 12, 22]
     assert batch.req_pool_indices.tolist() == batch.req_pool_indices_cpu.tolist() == [2, 1, 4]
     expected = [table[s, p : p + n] for s, p, n in zip(batch.req_pool_indices, batch.prefix_lens, batch.extend_lens)]
     assert torch.equal(batch.out_cache_loc, torch.cat(expected).long())

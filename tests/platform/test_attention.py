@@ -54,7 +54,7 @@ def test_a_step_behind_prompts_sees_what_it_sees_alone():
     prefix, counts = [0, 30, 40, 61], [7, 20, 7, 7]
     visible = visible_rows(torch.tensor([3, 3]), torch.tensor([1, 3]), 7)
     batch = paged_batch(prefix, counts)
-    plans = tile_plan.make_parts(batch.req_to_token, batch.req_pool_indices, batch.prefix_lens, counts, 2 * batch.k_cache[0].nbytes, visible)
+    plans = tile_plan.make_parts(batch.req_to_token, batch.req_pool_indices, batch.prefix_lens, counts, 2 * batch.k_cache[0].nbytes, visible, step=len(visible))
     out = attend_parts(batch.q, batch.k_cache, batch.v_cache, plans, Workspace(), batch.scale)
     torch.testing.assert_close(out[:27], batch.attend()[:27], atol=2e-6, rtol=0)
     step = tile_plan.make_plan(batch.req_to_token, batch.req_pool_indices[2:], batch.prefix_lens[2:], 7, 2 * batch.k_cache[0].nbytes, visible)
@@ -192,6 +192,35 @@ def test_new_visible_hides_new_columns(lone_slab_bytes, monkeypatch):
     hidden = batch.attend(new_visible)
     assert (hidden.double() - naive_attention(batch, new_visible)).abs().max() < TOLERANCE[torch.float32]
     assert (hidden - batch.attend()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("one_order", [False, pytest.param(True, marks=same_bits)], ids=["", "one order"])
+@pytest.mark.parametrize("hides", [False, True], ids=["", "branches"])
+@pytest.mark.parametrize("lone_slab_bytes", [tile_plan.LONE_SLAB_BYTES, 0])
+def test_rows_that_are_left_out_are_missed_by_no_other(lone_slab_bytes, hides, one_order, monkeypatch):
+    """Requests that bring the first few of a step's rows, alone and behind a prompt: each row as in the whole step."""
+    monkeypatch.setattr(tile_plan, "LONE_SLAB_BYTES", lone_slab_bytes)
+    prefix, lens, k = [3, 5, 64, 300], [7, 1, 4, 5], 3
+    width = 2 * k + 1
+    batch = paged_batch(prefix, [width] * len(prefix), dtype=torch.bfloat16 if one_order else torch.float32)
+    visible = visible_rows(torch.tensor([3, 0, 2, 3]), torch.tensor([0, 0, 0, 1]), width) if hides else None
+    live = (torch.arange(width) < torch.tensor(lens)[:, None]).flatten()
+    whole = batch.attend(visible, one_order=one_order)[live]
+    table, requests, prefixes, column = batch.req_to_token, batch.req_pool_indices, batch.prefix_lens, 2 * batch.k_cache[0].nbytes
+    q = batch.q[live]
+
+    def computed(plans):
+        return attend_parts(q, batch.k_cache, batch.v_cache, plans, Workspace(), batch.scale)
+
+    def same(found, wanted):
+        return torch.equal(found, wanted) if one_order else torch.allclose(found, wanted, atol=2e-6, rtol=0)
+
+    plan = tile_plan.make_plan(table, requests, prefixes, torch.tensor(lens), column, visible, one_order)
+    assert same(computed([plan]), whole)
+    parts = tile_plan.make_parts(table, requests, prefixes, lens, column, None if visible is None else visible[1:], one_order, step=3)
+    # The first request is the prompt here, and sees all of its own.
+    first = batch.attend(None, one_order=one_order)[:7]
+    assert len(parts) == 2 and same(computed(parts), torch.cat((first, whole[7:])))
 
 
 @pytest.mark.parametrize("lone_slab_bytes", [tile_plan.LONE_SLAB_BYTES, 0])

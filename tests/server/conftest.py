@@ -91,8 +91,8 @@ def _ar(logs):
 
 
 def _isd(logs):
-    """ISD with the overlap schedule; requests choose their stride. SGLang poisons stale reads."""
-    env = {"IDLM_MAX_STRIDE": "16", "SGLANG_IS_IN_CI": "1"}
+    """ISD with the overlap schedule and all rows of every step, as on a GPU; requests choose their stride. SGLang poisons stale reads."""
+    env = {"IDLM_MAX_STRIDE": "16", "IDLM_RAGGED_VERIFY": "off", "SGLANG_IS_IN_CI": "1"}
     return Server("isd", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *SERVED, env=env)
 
 
@@ -138,7 +138,7 @@ def _risd(logs):
 
 _SHARED = {"ar": _ar, "isd": _isd, "isd_sync": _isd_sync, "isd_rejection": _isd_rejection, "isd_tight": _isd_tight, "risd_ar": _risd_ar, "risd": _risd}
 # Modules whose tests start servers of their own.
-_OWN = {"test_bfloat16.py", "test_branch_triton.py", "test_bench.py", "test_mutants.py", "test_parallel.py", "test_published_config.py", "test_selfcheck.py", "test_step_ops.py"}
+_OWN = {"test_bfloat16.py", "test_branch_triton.py", "test_bench.py", "test_mutants.py", "test_parallel.py", "test_published_config.py", "test_ragged.py", "test_selfcheck.py", "test_step_ops.py"}
 # Started behind the other shared ones.
 _LATE = {"risd_ar", "risd"}
 

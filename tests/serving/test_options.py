@@ -65,7 +65,7 @@ def test_ar_serves_the_same_checkpoint_without_an_algorithm():
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
     flags = ["--stride", "3", "--max-stride", "8", "--mask-token-id", "7", "--sampling-rule", "rejection", "--selfcheck", "0.5", "--salvage", "chain"]
-    got = launch(*flags, "--mixed-steps", "off", "--step-ops", "torch", "--decode-graphs", "on")
+    got = launch(*flags, "--mixed-steps", "off", "--step-ops", "torch", "--decode-graphs", "on", "--ragged-verify", "off")
     assert got.environ == {
         "IDLM_STRIDE": "3",
         "IDLM_MAX_STRIDE": "8",
@@ -76,6 +76,7 @@ def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():
         "IDLM_MIXED_STEPS": "off",
         "IDLM_STEP_OPS": "torch",
         "IDLM_DECODE_GRAPHS": "on",
+        "IDLM_RAGGED_VERIFY": "off",
     }
     assert got.in_typed_words("idlm: IDLM_MASK_TOKEN_ID=7 contradicts the config") == "idlm: --mask-token-id=7 contradicts the config"
 
@@ -129,9 +130,11 @@ def test_the_address_is_one_a_client_can_use(host, address):
         (["--mask-token-id", "x"], "--mask-token-id x is not valid; allowed: an integer >= 0"),
         (["--sampling-rule", "exact"], "--sampling-rule exact is not known; allowed: coupled, rejection"),
         (["--salvage", "on"], "--salvage on is not known; allowed: auto, branch, chain, off"),
+        (["--ragged-verify", "yes"], "--ragged-verify yes is not known; allowed: auto, on, off"),
         (["--step-ops", "cuda"], "--step-ops cuda is not known; allowed: auto, torch, triton"),
         (["--speculative-algorithm", "EAGLE", "--step-ops", "torch"], "--step-ops torch has no meaning with --speculative-algorithm EAGLE"),
         (["--ar", "--salvage", "off"], "--salvage off has no meaning with --ar"),
+        (["--ar", "--ragged-verify", "off"], "--ragged-verify off has no meaning with --ar"),
         (["--idlm-lora", "/no/such"], "--idlm-lora /no/such is not a directory; allowed: the directory of an adapter"),
         (["--ar", "--idlm-lora", "/tmp"], "--idlm-lora /tmp has no meaning with --ar"),
         (["--idlm-lora", "/tmp", "--speculative-algorithm", "EAGLE"], "--idlm-lora /tmp has no meaning with --speculative-algorithm EAGLE; allowed: "),

@@ -1,0 +1,75 @@
+"""Which rows of a step are worth computing (ragged verify), where drafts and what is known of them are at hand on the host.
+
+A step has up to ``2K + 1`` rows per request (:mod:`idlm_sglang.isd.layout`). A request's rows can be cut from the end:
+
+- *behind a stop*: a draft that ends the answer, if it stands. No row behind it is read then; should it be rejected, the next step has
+  fewer survivors. A MASK row that does not see the stop (a branch round) stays;
+- *behind the answer's length*: what can never be committed;
+- *behind doubt*: drafts that are hardly reached, all in front of them having to stand, and MASK rows behind drafts that hardly all stand.
+  The MASK rows then propose again where the drafts were cut;
+- padding behind a cold step, or a narrower one.
+
+None of this changes an answer where a request is greedy or uses the coupled rule, whose tokens are those of the target whatever was drafted. Under
+the rejection rule, which may not look at the value of a draft that is still to be tried, the caller leaves ``stops`` empty and ``sure`` at 0.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from idlm_sglang.isd.layout import BRANCH
+
+# A draft is verified where it is reached and stands with this probability at least, as the rows that drew the drafts saw it. A MASK row is
+# laid out where what it proposes is reached with the second, each MASK in front of it counting as a draft that stands with the third. Simulated
+# on the embedded checkpoint at strides 8, 12 and 16 (docs/serving.md): the optimum is flat, and hardly moves with what a row costs.
+LEAST_DRAFT = math.log(0.1)
+LEAST_MASK = math.log(0.2)
+_MASK_STANDS = math.log(0.97)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a request brings into a step: ``1 + drafts + masks`` rows.
+
+    Attributes:
+        drafts: the drafts that are verified. masks: its MASK rows, at most K.
+        doubted: there was a further draft, unlikely to be reached and to stand.
+    """
+
+    drafts: int
+    masks: int
+    doubted: bool
+
+    def __len__(self) -> int:
+        return 1 + self.drafts + self.masks
+
+
+def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collection[int], left: int, k: int, salvage: str) -> Rows:
+    """The rows of one request.
+
+    Args:
+        drafts: its valid drafts, at most K; the first ``clean`` are no survivors of a rejection.
+        sure: log of the probability that each draft stands, given those in front of it; 0 where nothing is known.
+        stops: tokens that end the answer.
+        left: tokens that the request may still commit.
+        k: K of the step.
+        salvage: ``branch``, ``chain`` or ``off``.
+    """
+    reached = seen = 0.0
+    kept, doubted, stopped = 0, False, False
+    for i in range(min(len(drafts), left - 1)):
+        reached += sure[i]
+        if reached < LEAST_DRAFT:
+            doubted = True
+            break
+        kept = i + 1
+        if i < clean or salvage != BRANCH:
+            seen = reached
+        if drafts[i] in stops:
+            stopped = True
+            break
+    fork = min(clean, kept) if salvage == BRANCH else kept
+    if stopped and fork == kept:
+        return Rows(kept, 0, doubted)
+    masks = min(k, left - 2 - fork, int((LEAST_MASK - seen) / _MASK_STANDS))
+    return Rows(kept, max(masks, 0), doubted)
