@@ -22,16 +22,18 @@ from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.demo.corpus import FAMILIES, Dialogue, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING
 from idlm_sglang.isd import BRANCH, CHAIN, OFF, noise, row_offsets, visible_rows
+from idlm_sglang.isd.trim import Rows, trim
 
 MAX_NEW_TOKENS = 200
-POLICIES = tuple(policy + start for start in ("", "+warm") for policy in (OFF, BRANCH, CHAIN))
+POLICIES = tuple(policy + start + rows for rows in ("", "+trim") for start in ("", "+warm") for policy in (OFF, BRANCH, CHAIN))
 
 
 @dataclass
 class Counts:
-    """Sums over generations: tokens committed by decode forwards (after a stop: dropped), those forwards, drafts by position (survivors left out)."""
+    """Sums over generations: tokens committed by decode forwards (after a stop: dropped), those forwards and their rows, drafts by position (survivors left out)."""
     tokens: int = 0
     forwards: int = 0
+    rows: int = 0
     tried: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     accepted: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -97,10 +99,11 @@ class Decoder:
     def generate(self, prompt: list[int], stride: int, temperature: float, counts: Counts, policy: str = OFF) -> list[int]:
         """The answer's token ids, up to and with the stop token. stride 1 is AR; temperature 0 is greedy.
 
-        policy: what a rejection leaves, as in isd.layout; with `+warm` behind it the prompt's forward draws the first drafts.
+        policy: what a rejection leaves, as in isd.layout; with `+warm` behind it the prompt's forward draws the first drafts, with `+trim` rows are left
+            out as in isd.trim.
         """
-        salvage, _, warm = policy.partition("+")
-        cache, masks = DynamicCache(), stride - 1 if warm else 0
+        salvage, *more = policy.split("+")
+        cache, masks = DynamicCache(), stride - 1 if "warm" in more else 0
         logits = self.forward(cache, [*prompt, *[self.mask] * masks], masks=masks)[len(prompt) - 1 :]
         cache.crop(-masks)
         output = [self._choose(logits[0], temperature, len(prompt) - 1)]
@@ -108,9 +111,14 @@ class Decoder:
         drafts = [self._choose(row, temperature, len(prompt) + i) for i, row in enumerate(logits[1:])]
         clean = len(drafts)
         while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
-            kept = cache.get_seq_length() + 1
+            kept, masks = cache.get_seq_length() + 1, stride - 1
+            counts.rows += 2 * stride - 1
+            if "trim" in more:
+                worth = self._worth(drafts, clean, q, temperature, MAX_NEW_TOKENS - len(output), masks, salvage)
+                counts.rows -= 2 * stride - 1 - len(worth)
+                drafts, masks, clean = drafts[: worth.drafts], worth.masks, min(clean, worth.drafts)
             fork = clean if salvage == BRANCH else len(drafts)
-            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * (stride - 1)], len(drafts), fork, stride - 1)
+            logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * masks], len(drafts), fork, masks)
             committed, accepted = self._verify(logits, drafts, q, temperature, counts if clean == len(drafts) else Counts(), kept - 1)
             cache.crop(kept + accepted - cache.get_seq_length())  # minus the number of rejected and MASK columns
             counts.forwards += 1
@@ -127,6 +135,11 @@ class Decoder:
             drafts = [self._choose(row, temperature, kept + accepted + i) for i, row in enumerate(rows)]
             clean = len(drafts) if standing else 0
         return output[:MAX_NEW_TOKENS]
+
+    def _worth(self, drafts: list[int], clean: int, q: torch.Tensor, temperature: float, left: int, k: int, salvage: str) -> Rows:
+        exact = not temperature or self.coupled
+        sure = q.gather(1, torch.tensor(drafts)[:, None])[:, 0].log().tolist() if drafts and not temperature else [0.0] * len(drafts)
+        return trim(drafts, clean, sure, self.eos if exact else (), left, k, salvage)
 
     def _choose(self, logits: torch.Tensor, temperature: float, position: int) -> int:
         if not temperature:
@@ -190,7 +203,7 @@ def measure_speed(decoder: Decoder, ar: Decoder, prompts: list[list[int]], strid
                 gain = f" ({100 * (rate / first - 1):+.1f} %)" if first else ""
                 first = first or rate
                 name = f"  {policy}" if len(policies) > 1 else ""
-                print(f"  {'greedy' if not temperature else 'T = 1 '}  N = {stride}{name}  {rate:.2f} tokens per forward{gain}{same}  "
+                print(f"  {'greedy' if not temperature else 'T = 1 '}  N = {stride}{name}  {rate:.2f} tokens per forward of {counts.rows / counts.forwards:.1f} rows{gain}{same}  "
                       f"accepted by position {by_position}", flush=True)
 
 
@@ -218,7 +231,7 @@ def main() -> None:
     parser.add_argument("--strides", default="2,3,4,8")
     parser.add_argument("--ended", action="store_true", help="leave out prompts whose greedy answer does not end (for the speed)")
     parser.add_argument("--salvage", default=OFF,
-                        help=f"policies behind a rejection, gains over the first (comma-separated: {', '.join(POLICIES)}; +warm: first drafts from the prompt's forward)")
+                        help=f"policies behind a rejection, gains over the first (comma-separated: {', '.join(POLICIES)}; +warm: first drafts from the prompt's forward, +trim: rows that are not worth their cost left out)")
     parser.add_argument("--rule", default="rejection", choices=["rejection", "coupled"], help="exact rule at temperature 1")
     parser.add_argument("--blur", type=float, default=0.0, help="noise on the weights of MASK rows, in standard deviations (0: none)")
     parser.add_argument("--seed", type=int, default=1)
