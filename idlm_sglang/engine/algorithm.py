@@ -187,7 +187,7 @@ class IsdAlgorithm(CustomSpecAlgo):
         refuse_unserved(server_args)
         graphs, step_ops = resolve_graphs(settings.decode_graphs, server_args), resolve_step_ops(settings.step_ops, server_args.device)
         salvage = resolve_salvage(settings.salvage, server_args, graphs)
-        ragged = resolve_ragged(settings.ragged_verify, _verifies(server_args), graphs, step_ops)
+        ragged = resolve_ragged(settings.ragged_verify, _verifies(server_args), graphs, step_ops, server_args.tp_size)
         config = _config_of(server_args)
         trained_on = getattr(config, "block_size", None) if settings.lora is None else adapter.read_adapter(settings.lora).block_size
         settings = widened(replace(settings, salvage=salvage, step_ops=step_ops, decode_graphs=graphs, ragged_verify=ragged), trained_on)

@@ -161,6 +161,8 @@ class GrammarStep:
                 log_q=carried.log_q.index_copy(0, self._index, carried.log_q[self._index].masked_fill(forced, 0.0)),
                 q=carried.q,
                 clean=carried.clean.index_copy(0, self._index, new[:, 1].to(carried.clean.dtype)),
+                # What the walk left is verified: it has ended where the grammar ends, or forbids a draft.
+                sure=None if carried.sure is None else carried.sure.index_fill(0, self._index, 0.0),
             ),
             failed,
         )

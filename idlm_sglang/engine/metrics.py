@@ -148,6 +148,8 @@ class IsdMetrics:
         self.totals = Totals.none(max_drafts)
         # Told of each step's rounds, as (drafts verified, accepted, whether they were survivors) per request.
         self.on_step: Callable[[list[tuple[int, int, bool]]], None] | None = None
+        # Rounds whose first draft was tried, or left out in doubt, and of how many it stood; survivors apart.
+        self._first = [0, 0]
         self._warned = False
         self._step: tuple[list[tuple], IsdResult] | None = None
         self._told = (0, 0, 0, 0)
@@ -181,17 +183,19 @@ class IsdMetrics:
                 count, run, introspection, clean = stats[i]
                 count, run = int(count), int(run)
                 kind = SALVAGE if count > clean else VERIFY if count else COLD
-            brought = None if result.rows is None else result.rows[i]
             figures_of(req).add(tokens, count, run)
             # A draft that was doubted counts as one that fell: tokens per round are expected of drafts as they were drawn.
-            doubted = brought is not None and brought.doubted
+            doubted = result.doubted is not None and result.doubted[i]
             seen.append((count + doubted, run, kind == SALVAGE))
             if plan.trace:
                 trace_of(req).add(start, tokens, kind, count, run)
             if plan.reason != SELFCHECK:
-                totals.round(kind, tokens, count, run, introspection, width if brought is None else len(brought))
+                totals.round(kind, tokens, count, run, introspection, width if result.lens is None else result.lens[i])
                 totals.answers += finished
             ends |= finished
+        linear = [(count, run) for count, run, survivors in seen if count and not survivors]
+        self._first[0] += len(linear)
+        self._first[1] += sum(run > 0 for _, run in linear)
         totals.forwards += 1
         if self._series is not None and (ends or totals.forwards % _PUBLISH_EVERY == 0):
             self._publish()
@@ -221,16 +225,16 @@ class IsdMetrics:
         return since
 
     def _warn_when_nothing_is_accepted(self) -> None:
-        t = self.totals
-        if self._warned or not t.proposed or t.proposed[0] < _WARN_AFTER:
+        tried, stood = self._first
+        if self._warned or tried < _WARN_AFTER:
             return
         self._warned = True
-        if t.accepted[0] < _WARN_BELOW * t.proposed[0]:
+        if stood < _WARN_BELOW * tried:
             logger.warning(
                 "idlm: the model accepts almost none of its own drafts (%d of the first %d at position 1): output stays exact, "
                 "but there is no speed-up. Was this checkpoint trained with MASK tokens?",
-                t.accepted[0],
-                t.proposed[0],
+                stood,
+                tried,
             )
 
 

@@ -21,32 +21,33 @@ from idlm_sglang.platform.cpu import ATTENTION_BACKEND
 logger = logging.getLogger(__name__)
 
 
-def resolve_ragged(asked: str, backend: str | None, graphs: str, step_ops: str) -> str:
+def resolve_ragged(asked: str, backend: str | None, graphs: str, step_ops: str, ranks: int) -> str:
     """Whether rows are trimmed, ``on`` or ``off``.
 
     Args:
-        asked: ``IDLM_RAGGED_VERIFY``. backend: the attention backend. graphs, step_ops: resolved settings.
+        asked: ``IDLM_RAGGED_VERIFY``. backend: the attention backend. graphs, step_ops: resolved settings. ranks: of tensor parallelism; each would
+            come to its own rows, and sums that differ in a last bit to others.
 
     Raises:
         SettingError: ``on`` where a step has a fixed width.
     """
-    fits = not accelerator_available() and backend == ATTENTION_BACKEND and graphs == OFF and step_ops == TORCH
+    fits = not accelerator_available() and backend == ATTENTION_BACKEND and graphs == OFF and step_ops == TORCH and ranks == 1
     if asked == ON and not fits:
-        allowed = f"{AUTO}, {OFF}, or a CPU with --attention-backend {ATTENTION_BACKEND}, IDLM_DECODE_GRAPHS={OFF} and IDLM_STEP_OPS={TORCH}"
+        allowed = f"{AUTO}, {OFF}, or a CPU with --attention-backend {ATTENTION_BACKEND}, --tp-size 1, IDLM_DECODE_GRAPHS={OFF} and IDLM_STEP_OPS={TORCH}"
         raise SettingError(f"IDLM_RAGGED_VERIFY={ON} cannot be served here, where a step has a fixed width; allowed: {allowed}")
     return ON if fits and asked != OFF else OFF
 
 
-def trimmed(carried: Carried, rows: BatchRows, lengths: list[int], k: int, salvage: str) -> tuple[Carried, list[Rows]]:
+def trimmed(carried: Carried, rows: BatchRows, lengths: list[int], salvage: str) -> tuple[Carried, list[Rows]]:
     """The drafts of a step without those that are not worth a row, and each request's rows.
 
     Args:
-        carried: with ``sure``. lengths: host list, tokens with KV of each request.
+        carried: with ``sure``, behind the walks over grammars. lengths: host list, tokens with KV of each request.
     """
     drafts, sure = carried.drafts.tolist(), carried.sure.tolist()
-    heads = zip(carried.counts.tolist(), carried.clean.tolist(), rows.ends, lengths, rows.stops)
+    heads = zip(carried.counts.tolist(), carried.clean.tolist(), rows.ends, lengths, rows.stops, rows.limits_host)
     found = [
-        trim(drafts[i][:count], clean, sure[i], stops, end - length - 1, k, salvage) for i, (count, clean, end, length, stops) in enumerate(heads)
+        trim(drafts[i][:count], clean, sure[i], stops, end - length - 1, limit, salvage) for i, (count, clean, end, length, stops, limit) in enumerate(heads)
     ]
     counts = torch.tensor([one.drafts for one in found], dtype=torch.int64)
     return replace(carried, counts=counts, clean=torch.minimum(carried.clean, counts)), found
@@ -59,22 +60,19 @@ class RaggedRows:
     Attributes:
         lens: rows of each request, the first of its W.
         live: ``(R,)`` int64, R the sum of ``lens``: where they are among the B W rows.
-        masks: ``(B,)`` int64, MASK rows of each request.
     """
 
     lens: list[int]
     live: torch.Tensor
-    masks: torch.Tensor
 
     @classmethod
-    def of(cls, counts: torch.Tensor, masks: list[int], width: int) -> "RaggedRows | None":
-        """``counts`` ``(B,)`` drafts, and MASK rows, of each request; None where that is all W rows of all of them."""
-        lens = [1 + count + mask for count, mask in zip(counts.tolist(), masks)]
+    def of(cls, counts: torch.Tensor, masks: torch.Tensor, width: int) -> "RaggedRows | None":
+        """``counts`` drafts and ``masks`` MASK rows of each request, both ``(B,)`` int64; None where that is all W rows of all of them."""
+        rows = counts + masks + 1
+        lens = rows.tolist()
         if min(lens) == width:
             return None
-        row = torch.arange(width)
-        live = (row < torch.tensor(lens)[:, None]).view(-1).nonzero().view(-1)
-        return cls(lens, live, torch.tensor(masks, dtype=torch.int64))
+        return cls(lens, (torch.arange(width) < rows[:, None]).view(-1).nonzero().view(-1))
 
     def pick(self, values: torch.Tensor) -> torch.Tensor:
         """``(B, W)`` to ``(R,)``."""

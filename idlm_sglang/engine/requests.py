@@ -131,8 +131,10 @@ class BatchRows:
 
     @cached_property
     def stops(self) -> list[frozenset[int]]:
-        """Tokens that end each request's answer; none for the rejection rule, which may not look at drafts."""
-        return [stop_tokens(req) if c or req.sampling_params.top_k <= 1 else frozenset() for req, c in self._coupled]
+        """Tokens behind which a request's drafts are not worth a row. None for the rejection rule, which may not look at drafts, and for grammars, which may
+        forbid the end."""
+        looks = [req.grammar is None and (coupled or req.sampling_params.top_k <= 1) for req, coupled in self._coupled]
+        return [stop_tokens(req) if look else frozenset() for (req, _), look in zip(self._coupled, looks)]
 
     @cached_property
     def ends(self) -> list[int]:

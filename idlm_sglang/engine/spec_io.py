@@ -10,8 +10,6 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from sglang.srt.utils.common import async_d2h
 
-from idlm_sglang.isd.trim import Rows
-
 
 @dataclass
 class IsdDraftInput(SpecInput):
@@ -51,7 +49,7 @@ class IsdDraftInput(SpecInput):
 
 @dataclass
 class IsdVerifyInput(DFlashVerifyInput):
-    """One step's verify forward: ``draft_token_num`` rows per request, causal.
+    """One step's verify forward: ``draft_token_num`` rows per request, or those of ``ragged_verify_layout``, causal.
 
     Attributes:
         new_visible: ``(B, W, W)`` bool, or None; False hides a new column from a new row, on top of causality. Read by backends that can.
@@ -70,12 +68,14 @@ class IsdResult(GenerationBatchResult):
         round_stats: ``(B, 4)`` float32 per request: valid drafts, accepted drafts, sum of min(1, p/q), drafts that are no survivors.
             It reaches the host with the tokens, in the same asynchronous copy.
         limits: host list, the draft limit of each request in this step (0: one token per step).
-        rows: host list, what each request brought into the forward where its rows were trimmed; None: the step's width.
+        lens: host list, rows that each request had in the forward; None: the step's width. doubted: host list, requests of which a draft was left
+            out because it would hardly have stood; None: of none.
     """
 
     round_stats: torch.Tensor | None = None
     limits: list[int] | None = None
-    rows: list[Rows] | None = None
+    lens: list[int] | None = None
+    doubted: list[bool] | None = None
 
     def copy_to_cpu(self, *args, **kwargs):
         if self.next_token_ids.device.type == "cpu":
@@ -89,7 +89,7 @@ class IsdResult(GenerationBatchResult):
         self.copy_done.record()
 
 
-def decode_result(out, logits_output, new_seq_lens, tokens, accept_lens, last, stride: int, stats=None, limits=None, rows=None) -> IsdResult:
+def decode_result(out, logits_output, new_seq_lens, tokens, accept_lens, last, stride: int, **more) -> IsdResult:
     """The result of a decode step of B requests.
 
     Args:
@@ -99,7 +99,7 @@ def decode_result(out, logits_output, new_seq_lens, tokens, accept_lens, last, s
         tokens: ``(B * stride,)`` int64.
         accept_lens: ``(B,)`` int32, how many of them are committed.
         last: ``(B,)`` int64, the last of these.
-        stats, limits, rows: see :class:`IsdResult`.
+        more: other fields of :class:`IsdResult`.
     """
     return IsdResult(
         logits_output=logits_output,
@@ -111,7 +111,5 @@ def decode_result(out, logits_output, new_seq_lens, tokens, accept_lens, last, s
         speculative_output_stride=stride,
         can_run_cuda_graph=out.can_run_cuda_graph,
         expert_distribution_metrics=out.expert_distribution_metrics,
-        round_stats=stats,
-        limits=limits,
-        rows=rows,
+        **more,
     )

@@ -47,9 +47,11 @@ class StridedStep:
         layout = Layout(k, salvage, batch.spec_info.bonus_tokens, worker.req_to_token, worker.mask_id, worker.last_position, trims)
         self._inputs = worker.ops.load(self._requests, layout, rows.any_rejection, self._adjusted if trims or self._grammars else None)
         self._carried = self._inputs.carried
-        self.ragged = RaggedRows.of(self._carried.counts, [worth.masks for worth in self._worth], self.width) if trims else None
-        if self.ragged is not None:
-            self._inputs.masks = self.ragged.masks
+        self.ragged = None
+        if trims:
+            # Also where all rows are worth it: the next step asks how sure the drafts of this one are.
+            self._inputs.masks = torch.tensor([worth.masks for worth in self._worth], dtype=torch.int64)
+            self.ragged = RaggedRows.of(self._carried.counts, self._inputs.masks, self.width)
         self.tokens, self.positions, self.places = self._inputs.tokens, self._inputs.positions, self._inputs.places
         hides = salvage == BRANCH and worker.masks is None
         self.visible = None
@@ -72,13 +74,12 @@ class StridedStep:
         return logits.view(*self.tokens.shape, -1) if self.ragged is None else self.ragged.spread(logits, self.width)
 
     def _adjusted(self, carried: Carried) -> Carried:
+        if self._grammars is not None:
+            carried, failed = self._grammars.adjust(carried)
+            for row, error in failed.items():
+                self._batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
         if self._worker.trims:
-            carried, self._worth = trimmed(carried, self._rows, self._batch.seq_lens.tolist(), self._rows.drafts, self._salvage)
-        if self._grammars is None:
-            return carried
-        carried, failed = self._grammars.adjust(carried)
-        for row, error in failed.items():
-            self._batch.reqs[row].to_finish = FINISH_ABORT(f"the grammar failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+            carried, self._worth = trimmed(carried, self._rows, self._batch.seq_lens.tolist(), self._salvage)
         return carried
 
     def verify(self):
@@ -121,7 +122,9 @@ class StridedStep:
             compute_spec_logprobs(batch, output, step.tokens.view(-1), chain_stride=k + 1)
             # The overlap schedule keeps results for two iterations, and nobody reads these rows again.
             output.next_token_logits = None
-        result = decode_result(out, output, new_seq_lens, step.tokens.view(-1), step.accept_lens, step.last, k + 1, stats, rows.limits_host, self._worth)
+        doubted = None if self._worth is None else [worth.doubted for worth in self._worth]
+        figures = {"round_stats": stats, "limits": rows.limits_host, "lens": self.lens, "doubted": doubted}
+        result = decode_result(out, output, new_seq_lens, step.tokens.view(-1), step.accept_lens, step.last, k + 1, **figures)
         if on_publish is not None:
             on_publish(new_seq_lens)
         return result

@@ -99,7 +99,9 @@ def propose(
             log_q = torch.where(rows.greedy[:, None], 0.0, log_q)
         if rows.any_rejection:
             q = pick(scores, index).exp()
-    sure = None if drawn is None else certainty(pick(drawn[0], drawn[1].gather(1, index)), drafts, rows)
+    sure = None
+    if drawn is not None:
+        sure = certainty(pick(drawn[0], drawn[1].gather(1, index)), drafts, rows) if rows.any_greedy else torch.zeros(drafts.shape, device=drafts.device)
     return Proposal(drafts, counts, log_q, q, clean, sure)
 
 

@@ -33,7 +33,7 @@ class Rows:
 
     Attributes:
         drafts: the drafts that are verified. masks: its MASK rows, at most K.
-        doubted: there was a further draft, unlikely to be reached and to stand.
+        doubted: there was a further draft, unlikely to be reached and to stand, of those that the round is named for.
     """
 
     drafts: int
@@ -52,15 +52,16 @@ def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collec
         sure: log of the probability that each draft stands, given those in front of it; 0 where nothing is known.
         stops: tokens that end the answer.
         left: tokens that the request may still commit.
-        k: K of the step.
+        k: the most drafts that it may carry next, at most K.
         salvage: ``branch``, ``chain`` or ``off``.
     """
     reached = seen = 0.0
     kept, doubted, stopped = 0, False, False
     for i in range(min(len(drafts), left - 1)):
         reached += sure[i]
-        if reached < LEAST_DRAFT:
-            doubted = True
+        if not reached >= LEAST_DRAFT:  # a row that is not a number is no reason to go on
+            # That a survivor stands first in line says nothing of drafts.
+            doubted = kept > 0 or clean > 0
             break
         kept = i + 1
         if i < clean or salvage != BRANCH:

@@ -64,8 +64,8 @@ def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():
         out_cache_loc=table[2, 4:7].long(),
     )
     lengths, slots = torch.tensor([9, 20]), torch.tensor([1, 4])
-    ragged = RaggedRows.of(torch.tensor([1, 0]), [1, 1], 3)
-    assert ragged.lens == [3, 2] and RaggedRows.of(torch.tensor([1, 0]), [1, 2], 3) is None
+    ragged = RaggedRows.of(torch.tensor([1, 0]), torch.tensor([1, 1]), 3)
+    assert ragged.lens == [3, 2]
     tokens, places = torch.tensor([[5, 6, MASK], [7, MASK, MASK]]), table[slots[:, None], lengths[:, None] + torch.arange(3)].long()
     step = SimpleNamespace(tokens=tokens, places=places, lens=ragged.lens, flat=ragged.pick)
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idlm_sglang.isd import BRANCH, CHAIN, OFF, isd_step
+from idlm_sglang.isd import decode as decoding
 from idlm_sglang.isd.decode import decode, one_row
 from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.trim import LEAST_DRAFT, LEAST_MASK, Rows, trim
@@ -44,7 +45,10 @@ def test_doubt_ends_the_drafts_and_the_masks_behind_them():
     assert trim([1] * 6, 6, [half] * 2 + [0.0] * 4, (), PLENTY, 6, BRANCH) == Rows(6, 6, False)
     # A branch's MASK rows stake nothing on survivors, however doubtful these are.
     assert trim([1] * 6, 0, [half] * 6, (), PLENTY, 6, BRANCH) == Rows(3, 6, True)
+    assert trim([1] * 3, 0, [-9.0] * 3, (), PLENTY, 3, BRANCH) == Rows(0, 3, False), "and says nothing of the drafts of other rounds"
+    assert trim([1] * 3, 3, [-9.0] * 3, (), PLENTY, 3, BRANCH) == Rows(0, 3, True)
     assert LEAST_DRAFT < LEAST_MASK < 0
+    assert trim([1] * 6, 6, [0.0, math.nan, 0.0, 0.0, 0.0, 0.0], (), PLENTY, 6, BRANCH) == Rows(1, 6, True), "logits of a broken model, or none allowed"
 
 
 _KINDS = st.sampled_from([OFF, BRANCH, CHAIN])
@@ -62,7 +66,7 @@ def test_rows_fit_the_step_and_the_answer(drafts, survivors, sure, left, salvage
     rows = trim(drafts, clean, sure, {STOP}, left, k, salvage)
     assert 0 <= rows.drafts <= min(len(drafts), left - 1) and 0 <= rows.masks <= k and 1 <= len(rows) <= 2 * k + 1
     assert STOP not in drafts[: max(rows.drafts - 1, 0)]
-    if not rows.doubted and STOP not in drafts:
+    if not rows.doubted and STOP not in drafts and (clean or rows.drafts):
         assert rows.drafts == min(len(drafts), left - 1)
 
 
@@ -75,7 +79,7 @@ def model():
 @pytest.mark.parametrize("stride", [2, 4, 8, 16])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "coupled": True}])
 def test_the_text_is_that_of_ar_with_fewer_rows(model, settings, stride, salvage):
-    """What is not computed is NaN here: whoever read it would not give AR's text."""
+    """What is not computed is NaN here: who verified by it would not give AR's text."""
     rows = computed = 0
     for seed in range(8):
         one, stops = one_row(**settings, seed=seed), frozenset({(5 * seed + 3) % 37})
@@ -103,10 +107,14 @@ def test_a_row_that_is_read_all_the_same_is_noticed(model, monkeypatch):
     assert torch.allclose(sure[0], rows.log_softmax(-1).amax(-1))
 
 
-def test_the_rejection_rule_never_hears_of_stops(model):
+def test_the_rejection_rule_never_hears_of_stops(model, monkeypatch):
     """Nor of doubt: which drafts are tried must not depend on their values. What it may leave out is what no answer is long enough for."""
-    one = one_row(temperature=1.0, seed=3)
-    out = decode(model, model.prompt, 4, model.mask, one, 30, frozenset(range(37)), trims=True)
-    assert len(out.tokens) == 1, "the first token ends it"
+    one, told = one_row(temperature=1.0, seed=3), []
+    exact = decoding.trim
+    monkeypatch.setattr(decoding, "trim", lambda drafts, clean, sure, stops, *rest: told.append((stops, sure)) or exact(drafts, clean, sure, stops, *rest))
+    for rows, hears in ((one, False), (one_row(temperature=1.0, seed=3, coupled=True), True)):
+        told.clear()
+        decode(model, model.prompt, 4, model.mask, rows, 60, frozenset({3}), trims=True)
+        assert told and all(bool(stops) == hears and not any(sure) for stops, sure in told)
     whole, trimmed = (decode(model, model.prompt, 4, model.mask, one, 30, trims=t) for t in (False, True))
     assert trimmed.tokens == whole.tokens and trimmed.rows < whole.rows

@@ -80,6 +80,7 @@ class Arm:
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
         worker.req_to_token = torch.randint(1, 9999, (SLOTS, COLUMNS), generator=torch.Generator().manual_seed(3)).int().to(device)
         worker.gate, worker.masks = Gate(adapted=False), BranchMask(device, worker.ops.hide) if salvage == BRANCH else None
+        worker.trims = False
         worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
         self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
         self.at_stride(K + 1)

@@ -24,10 +24,10 @@ def counts(server) -> dict[str, float]:
     return {"rows": found["idlm:rows_total"], "rounds": rounds, "tokens": found["idlm:tokens_committed_total"]}
 
 
-def per_round(server, calls) -> tuple[list[dict], float, float]:
+def per_round(server, calls, clients: int = 12) -> tuple[list[dict], float, float]:
     """The answers, and rows and tokens per round."""
     before = counts(server)
-    answers = server.many(calls, 12)
+    answers = server.many(calls, clients)
     now = counts(server)
     gained = {name: now[name] - before[name] for name in now}
     return answers, gained["rows"] / gained["rounds"], gained["tokens"] / gained["rounds"]
@@ -65,3 +65,30 @@ def test_a_step_behind_a_cold_one_or_at_the_end_has_no_row_too_many(ragged):
     calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 2, "stride": 16} for p in prompts(12, seed=2)]
     answers, rows, tokens = per_round(ragged, calls)
     assert all(len(ids(a)) == 2 for a in answers) and rows == tokens == 1
+
+
+def test_what_a_request_leaves_out_does_not_depend_on_its_company(ragged):
+    """Also a step that left nothing out says how sure its drafts are."""
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 120, "stride": 4} for p in prompts(40, seed=6)]
+    (_, alone, _), (_, together, _) = (per_round(ragged, calls, clients) for clients in (1, 12))
+    print(f"{alone:.2f} rows a round alone, {together:.2f} together")
+    # SGLang's switch retracts now and then, and the forward that follows has other first drafts.
+    assert alone == pytest.approx(together, rel=0.02)
+
+
+@pytest.mark.parametrize("stride", [4, 16])
+def test_grammars_are_walked_over_what_is_verified(ar, ragged, stride):
+    schema = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}, "required": ["name", "age"]}'
+    kinds = [{"json_schema": schema}, {"regex": "(yes|no), [a-z]{3,9}( [a-z]{2,8}){1,6}\\."}, {}]
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 5 + 2 * i, **kinds[i % 3]} for i, p in enumerate(prompts(24, seed=31))]
+    for i, call in enumerate(calls):
+        call |= {"temperature": 0.9, "sampling_seed": i} if i % 2 else {}
+    assert not differing(ar.many(calls, 12), ragged.many([{**call, "stride": stride} for call in calls], 12))
+
+
+def test_a_request_that_allows_no_token_costs_nobody_else_anything(ar, ragged):
+    """Every token ends it and none may: SGLang takes all logits away, and how sure a draft is is not a number."""
+    none = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True, "min_new_tokens": 25, "stop_token_ids": list(range(1024))}
+    calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40, **(none if i % 3 == 0 else {})} for i, p in enumerate(prompts(12, seed=12))]
+    for stride in (4, 8):
+        assert not differing(ar.many(calls, 12), ragged.many([{**call, "stride": stride} for call in calls], 12))
