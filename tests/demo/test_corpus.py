@@ -10,7 +10,7 @@ from idlm_sglang.demo.arithmetic import add_steps, subtract_steps
 from idlm_sglang.demo.corpus import FAMILIES, OPENINGS, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING, is_held_out
 
-TRAINED = 100_000  # more dialogues than the shipped checkpoint has seen
+TRAINED = 250_000  # more dialogues than the shipped checkpoint has seen
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from tests.bfloat16 import same_bits
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, ids, prompts
 
 pytestmark = same_bits
@@ -17,11 +18,10 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@server_fixture
 def bfloat16(logs):
     flags = ("--speculative-algorithm", "ISD", "--chunked-prefill-size", "128")
-    with Server("bfloat16", CHECKPOINT, logs, *flags, env={"IDLM_MAX_STRIDE": "16"}, dtype="bfloat16") as server:
-        yield server
+    return Server("bfloat16", CHECKPOINT, logs, *flags, env={"IDLM_MAX_STRIDE": "16"}, dtype="bfloat16")
 
 
 def test_every_stride_gives_the_answers_and_logits_of_one_token_per_step(bfloat16):

@@ -10,20 +10,20 @@ import re
 import pytest
 
 from idlm_sglang.platform import accelerator_available
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, differing, held_out_prompts, ids, prompts
 
 CHOSEN = [prompts(40, seed=3)[i] for i in (8, 13, 18, 24, 30, 39)] + [held_out_prompts(41)[i] for i in (10, 40)]
 SHORT = {"max_new_tokens": 20}
 
 
-@pytest.fixture(scope="module")
+@server_fixture
 def branch(logs):
     env = {"IDLM_SALVAGE": "branch", "IDLM_MAX_STRIDE": "8", "SGLANG_IS_IN_CI": "1", **({} if accelerator_available() else {"TRITON_INTERPRET": "1"})}
     # Every 12th forward all requests but one are retracted.
     env |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"}
     flags = ["--attention-backend", "triton", "--enable-metrics", "--disable-radix-cache"]
-    with Server("branch", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env) as server:
-        yield server
+    return Server("branch", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env)
 
 
 def survivors(server) -> tuple[float, float]:

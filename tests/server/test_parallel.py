@@ -10,6 +10,7 @@ import re
 import pytest
 import requests
 
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, differing, ids, prompts
 
 ISD = ("--speculative-algorithm", "ISD", "--enable-metrics")
@@ -28,16 +29,25 @@ def mixed_calls():
     return calls
 
 
-def test_tensor_parallel_ranks_agree_and_count_once(ar, logs):
+@server_fixture
+def tp2(logs):
+    return Server("tp2", CHECKPOINT, logs, *ISD, "--tp-size", "2", "--grammar-backend", "llguidance", env=TWO_RANKS)
+
+
+@server_fixture
+def dp2(logs):
+    return Server("dp2", CHECKPOINT, logs, *ISD, "--dp-size", "2", "--grammar-backend", "outlines", env=TWO_RANKS)
+
+
+def test_tensor_parallel_ranks_agree_and_count_once(ar, tp2):
     calls = mixed_calls()
     unseeded = [{"prompt": p, "temperature": 1.0, "max_new_tokens": 24, "stride": 2 + i % 7} for i, p in enumerate(prompts(20, seed=123))]
     want = ar.many(calls, 16)
-    with Server("tp2", CHECKPOINT, logs, *ISD, "--tp-size", "2", "--grammar-backend", "llguidance", env=TWO_RANKS) as server:
-        before = server.metrics()
-        got = server.many(calls + unseeded, 16)
-        after = server.metrics()
-        # Ranks that drew different tokens would differ in length, and the collective would hang or fail.
-        assert server.alive()
+    before = tp2.metrics()
+    got = tp2.many(calls + unseeded, 16)
+    after = tp2.metrics()
+    # Ranks that drew different tokens would differ in length, and the collective would hang or fail.
+    assert tp2.alive()
     assert not differing(want, got[: len(calls)])
     counted = after["idlm:tokens_committed_total"] - before["idlm:tokens_committed_total"]
     assert counted == sum(len(ids(a)) - 1 for a in got)
@@ -46,15 +56,13 @@ def test_tensor_parallel_ranks_agree_and_count_once(ar, logs):
     assert len(used) >= 2, used
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_data_parallel_ranks_have_their_own_series(ar, logs, ranks):
+def test_data_parallel_ranks_have_their_own_series(ar, dp2):
     calls = mixed_calls()
     want = ar.many(calls, 16)
-    with Server("dp2", CHECKPOINT, logs, *ISD, "--dp-size", str(ranks), "--grammar-backend", "outlines", env=TWO_RANKS) as server:
-        got = server.many(calls, 16)
-        unseeded = server.many([{"prompt": "<|im_start|>user\nMy name is", "temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}] * 40, 16)
-        text = requests.get(server.url + "/metrics", timeout=30).text
-        live = server.live()
+    got = dp2.many(calls, 16)
+    unseeded = dp2.many([{"prompt": "<|im_start|>user\nMy name is", "temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}] * 40, 16)
+    text = requests.get(dp2.url + "/metrics", timeout=30).text
+    live = dp2.live()
     assert not differing(want, got)
     # Replicas with one seed would give every answer twice.
     assert len({tuple(ids(a)) for a in unseeded}) > 34, "ranks must not draw the same numbers"

@@ -5,17 +5,17 @@ import random
 import pytest
 
 from idlm_sglang.platform import accelerator_available
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, differing, held_out_prompts, ids, prompts
 
 pytestmark = pytest.mark.skipif(accelerator_available(), reason="a GPU's steps have a fixed width")
 
 
-@pytest.fixture(scope="module")
+@server_fixture
 def ragged(logs):
     """Rows left out, which is a CPU's default, with the overlap schedule and requests that are retracted."""
     env = {"IDLM_MAX_STRIDE": "16", "SGLANG_IS_IN_CI": "1", "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "60"}
-    with Server("ragged", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", "--disable-radix-cache", env=env) as server:
-        yield server
+    return Server("ragged", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", "--disable-radix-cache", env=env)
 
 
 def counts(server) -> dict[str, float]:

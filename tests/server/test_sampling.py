@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from scipy.stats import chi2_contingency
 
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts, with_pythonpath
 
 # A question in the making has many continuations; tokens 3 to 5 come from drafts where those were accepted.
@@ -62,7 +63,7 @@ VIEWS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reference(ar):
     return {name: draw(ar, SAMPLES, params) for name, params in SETTINGS.items()}
 
@@ -90,13 +91,16 @@ def test_sampled_distribution_is_that_of_ar(reference, request, rule, name):
     assert check(reference[name], samples, f"{rule} {name}") > BOUND
 
 
-def test_a_biased_acceptance_rule_fails_the_same_test(reference, logs):
+@server_fixture
+def biased(logs):
     """Every draft kept, one of the published shortcuts, in an otherwise equal server."""
+    env = {"PYTHONPATH": with_pythonpath("biased"), "IDLM_SAMPLING_RULE": "rejection"}
+    return Server("biased", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env=env)
+
+
+def test_a_biased_acceptance_rule_fails_the_same_test(reference, biased):
     name = "T=1.5 top-k 5 min-p 0.05"
-    biased = {"PYTHONPATH": with_pythonpath("biased"), "IDLM_SAMPLING_RULE": "rejection"}
-    with Server("biased", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env=biased) as server:
-        samples = draw(server, SAMPLES, SETTINGS[name])
-    assert check(reference[name], samples, "biased") < BOUND
+    assert check(reference[name], draw(biased, SAMPLES, SETTINGS[name]), "biased") < BOUND
 
 
 SEEDED = [

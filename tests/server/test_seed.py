@@ -6,6 +6,7 @@ import random
 import pytest
 import requests
 
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts
 
 SAMPLED = [
@@ -129,14 +130,24 @@ def test_retraction_and_resumption_keep_the_seed(ar, isd_tight):
     assert retracted > 0 and same == len(calls)
 
 
-@pytest.mark.parametrize("flags", [("--skip-tokenizer-init",), ("--skip-tokenizer-init", "--incremental-streaming-output")])
-def test_the_seed_needs_no_detokenizer(logs, flags):
-    with Server("untokenized", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags) as server:
-        body = {"input_ids": [5, 6, 7, 8], "sampling_params": {"temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}}
-        first = server.post("/generate", body).json()
-        seeds = {seed_of(e) for e in chunks(server, body)}
-        assert len(seeds) == 1
-        refused = server.post("/idlm/decode", {"prompt": "x"})
-        assert refused.status_code == 400 and "--skip-tokenizer-init" in refused.text
-        body["sampling_params"] |= {"sampling_seed": seed_of(first), "custom_params": {"idlm_stride": 1}}
-        assert requests.post(server.url + "/generate", json=body, timeout=60).json()["output_ids"] == first["output_ids"]
+@server_fixture
+def untokenized(logs):
+    return Server("untokenized", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--skip-tokenizer-init")
+
+
+@server_fixture
+def untokenized_increments(logs):
+    return Server("untokenized_increments", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--skip-tokenizer-init", "--incremental-streaming-output")
+
+
+@pytest.mark.parametrize("name", ["untokenized", "untokenized_increments"])
+def test_the_seed_needs_no_detokenizer(request, name):
+    server = request.getfixturevalue(name)
+    body = {"input_ids": [5, 6, 7, 8], "sampling_params": {"temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True}}
+    first = server.post("/generate", body).json()
+    seeds = {seed_of(e) for e in chunks(server, body)}
+    assert len(seeds) == 1
+    refused = server.post("/idlm/decode", {"prompt": "x"})
+    assert refused.status_code == 400 and "--skip-tokenizer-init" in refused.text
+    body["sampling_params"] |= {"sampling_seed": seed_of(first), "custom_params": {"idlm_stride": 1}}
+    assert requests.post(server.url + "/generate", json=body, timeout=60).json()["output_ids"] == first["output_ids"]

@@ -11,6 +11,7 @@ import requests
 
 from idlm_sglang.serving import cli
 from tests.deploy.tools import queries, series
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts, with_pythonpath
 
 KINDS = [
@@ -52,11 +53,10 @@ def at_rest(server):
     return now
 
 
-@pytest.fixture(scope="module")
+@server_fixture
 def checked(logs):
-    env = {"IDLM_MAX_STRIDE": "8", "IDLM_SELFCHECK": "1", "SGLANG_IS_IN_CI": "1"}
-    with Server("checked", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env) as server:
-        yield server
+    env = {"IDLM_MAX_STRIDE": "8", "IDLM_SELFCHECK": "1", "IDLM_LIVE_PAGE": "off", "SGLANG_IS_IN_CI": "1"}
+    return Server("checked", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env)
 
 
 def test_clean_serving_of_mixed_requests_has_no_mismatch(checked):
@@ -139,38 +139,6 @@ def test_the_cache_is_flushed_while_an_answer_is_checked(checked):
     assert after["mismatch_total"] == before["mismatch_total"]
 
 
-def test_an_orderly_stop_does_not_wait_for_the_queue(logs):
-    with Server("stopping", CHECKPOINT, logs, "--speculative-algorithm", "ISD", env={"IDLM_SELFCHECK": "1", "IDLM_LIVE_PAGE": "off"}) as server:
-        assert [server.post("/idlm/decode", {}).status_code, *(requests.get(server.url + path, timeout=60).status_code for path in ("/idlm", "/idlm/stats"))] == [404] * 3
-        calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 400} for p in prompts(8, seed=240)]
-        server.many(calls, 8)
-        server.process.terminate()
-        assert server.process.wait(60) in (0, -9, -15)
-        assert "Traceback" not in server.log.read_text(errors="replace")
-
-
-def test_a_broken_acceptance_is_found_and_its_line_replays(logs, tmp_path, capsys):
-    env = {"PYTHONPATH": with_pythonpath("corrupted"), "IDLM_SELFCHECK": "1"}
-    with Server("corrupted", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env) as server:
-        before = at_rest(server)
-        calls = [{"prompt": p, "max_new_tokens": 32, **KINDS[i % 4]} for i, p in enumerate(prompts(24, seed=241))]
-        server.many(calls, 8)
-        after = settled(server, before["total"] + len(calls))
-        wrong = after["mismatch_total"] - before["mismatch_total"]
-        print(f"{wrong:.0f} of {len(calls)} answers with broken acceptance were found")
-        assert wrong >= 6 and after["tie_total"] == 0
-        lines = [line for line in server.log.read_text().splitlines() if "SELF-CHECK MISMATCH" in line]
-        assert len(lines) == after["mismatch_total"]
-        file = tmp_path / "mismatches.jsonl"
-        file.write_text("\n".join(line.split("; replay: ")[1] for line in lines))
-        capsys.readouterr()
-        assert cli.main(["replay", str(file), "--url", server.url]) == 1
-        told = capsys.readouterr().out.splitlines()
-        for number, line in enumerate(lines):
-            at = line.split("first at token ")[1].split(":")[0]
-            assert told[number].startswith(f"line {number + 1}: token {at} differs: ")
-
-
 def test_dashboard_rules_and_autoscaler_ask_for_series_that_the_server_has(checked):
     """Here because this server has every series of ours. Streams and refusals have series only once there was one."""
     body = {"text": chat("Hi"), "sampling_params": {"max_new_tokens": 8}}
@@ -190,3 +158,39 @@ def test_dashboard_rules_and_autoscaler_ask_for_series_that_the_server_has(check
     assert not unlabelled, unlabelled
     print(f"{len({name for _, name, _ in asked})} series asked for in {len(queries())} places, all among the {len(exposed)} that the server has")
     assert len(asked) > 40
+
+
+def test_an_orderly_stop_does_not_wait_for_the_queue(checked):
+    """The last test of this server, whose live page is off."""
+    assert [checked.post("/idlm/decode", {}).status_code, *(requests.get(checked.url + path, timeout=60).status_code for path in ("/idlm", "/idlm/stats"))] == [404] * 3
+    calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 400} for p in prompts(8, seed=240)]
+    checked.many(calls, 8)
+    checked.process.terminate()
+    assert checked.process.wait(60) in (0, -9, -15)
+    assert "Traceback" not in checked.log.read_text(errors="replace")
+
+
+@server_fixture
+def corrupted(logs):
+    env = {"PYTHONPATH": with_pythonpath("corrupted"), "IDLM_SELFCHECK": "1"}
+    return Server("corrupted", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", env=env)
+
+
+def test_a_broken_acceptance_is_found_and_its_line_replays(corrupted, tmp_path, capsys):
+    before = at_rest(corrupted)
+    calls = [{"prompt": p, "max_new_tokens": 32, **KINDS[i % 4]} for i, p in enumerate(prompts(24, seed=241))]
+    corrupted.many(calls, 8)
+    after = settled(corrupted, before["total"] + len(calls))
+    wrong = after["mismatch_total"] - before["mismatch_total"]
+    print(f"{wrong:.0f} of {len(calls)} answers with broken acceptance were found")
+    assert wrong >= 6 and after["tie_total"] == 0
+    lines = [line for line in corrupted.log.read_text().splitlines() if "SELF-CHECK MISMATCH" in line]
+    assert len(lines) == after["mismatch_total"]
+    file = tmp_path / "mismatches.jsonl"
+    file.write_text("\n".join(line.split("; replay: ")[1] for line in lines))
+    capsys.readouterr()
+    assert cli.main(["replay", str(file), "--url", corrupted.url]) == 1
+    told = capsys.readouterr().out.splitlines()
+    for number, line in enumerate(lines):
+        at = line.split("first at token ")[1].split(":")[0]
+        assert told[number].startswith(f"line {number + 1}: token {at} differs: ")

@@ -6,6 +6,7 @@ Interpreted kernels are slow, so requests are few and short. Without the overlap
 import pytest
 
 from idlm_sglang.platform import accelerator_available
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, differing, held_out_prompts, prompts
 from tests.server.test_penalties_grammars import SCHEMA
 
@@ -28,12 +29,11 @@ SEEDED = [
 UNSURE = ["river stone quiet lamp", "seven paper lanterns", "winter engine copper glass", "market blue window", "meadow"]
 
 
-@pytest.fixture(scope="module")
+@server_fixture
 def kernels(logs):
     env = {"IDLM_STEP_OPS": "triton", "IDLM_SAMPLING_RULE": "rejection", **({} if accelerator_available() else {"TRITON_INTERPRET": "1"})}
     flags = ["--disable-overlap-schedule", "--chunked-prefill-size", "32", "--enable-metrics"]
-    with Server("kernels", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env) as server:
-        yield server
+    return Server("kernels", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env)
 
 
 def test_greedy_answers_are_ars(ar, kernels):

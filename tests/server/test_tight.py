@@ -7,6 +7,7 @@ import time
 import pytest
 import requests
 
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, differing, prompts
 
 
@@ -112,25 +113,29 @@ def test_an_echoed_prompt_keeps_its_logprobs_where_its_request_is_retracted_befo
         assert [p for p in got[i][0] if p is not None] == pytest.approx([p for p in prompt_logprobs(ar, texts[i])[0] if p is not None], abs=2e-3)
 
 
-def test_retraction_between_mixed_steps(ar, logs):
+@server_fixture
+def mixed(logs):
     """The scheduler of a CPU: decode steps in the forwards of prompts, here under a pool that runs full; survivors as a chain."""
     flags = ["--disable-overlap-schedule", "--max-total-tokens", "900", "--chunked-prefill-size", "32", "--schedule-conservativeness", "0.05"]
     env = {"IDLM_STRIDE": "auto", "IDLM_SALVAGE": "chain"}
-    with Server("mixed", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *flags, env=env) as server:
-        rng = random.Random(3)
-        endless = {"max_new_tokens": 100, "logit_bias": {"2": -100}}
-        calls = [{"prompt": p, "temperature": i % 2, "sampling_seed": i, **endless} for i, p in enumerate(prompts(60, seed=53))]
-        left = ar.many(calls, 16)
-        right = server.many([{**c, "stride": rng.choice([None, 2, 4, 8])} for c in calls], 20)
-        assert not differing(left, right)
-        assert server.log.read_text(errors="replace").count("Retract requests.") > 0, "the pool was not tight enough to retract"
-        assert server.metrics()["idlm:mixed_steps_total"] > 20
-        a_prompt_in_chunks_beside_one_long_answer(ar, server)
-        wait_idle(server)
-        time.sleep(1.0)
-        assert requests.post(server.url + "/flush_cache", timeout=30).status_code == 200
-        time.sleep(1.0)
-        assert server.alive() and server.idle_tokens() == (0, 0)
+    return Server("mixed", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", *flags, env=env)
+
+
+def test_retraction_between_mixed_steps(ar, mixed):
+    rng = random.Random(3)
+    endless = {"max_new_tokens": 100, "logit_bias": {"2": -100}}
+    calls = [{"prompt": p, "temperature": i % 2, "sampling_seed": i, **endless} for i, p in enumerate(prompts(60, seed=53))]
+    left = ar.many(calls, 16)
+    right = mixed.many([{**c, "stride": rng.choice([None, 2, 4, 8])} for c in calls], 20)
+    assert not differing(left, right)
+    assert mixed.log.read_text(errors="replace").count("Retract requests.") > 0, "the pool was not tight enough to retract"
+    assert mixed.metrics()["idlm:mixed_steps_total"] > 20
+    a_prompt_in_chunks_beside_one_long_answer(ar, mixed)
+    wait_idle(mixed)
+    time.sleep(1.0)
+    assert requests.post(mixed.url + "/flush_cache", timeout=30).status_code == 200
+    time.sleep(1.0)
+    assert mixed.alive() and mixed.idle_tokens() == (0, 0)
 
 
 def a_prompt_in_chunks_beside_one_long_answer(ar, server):
@@ -151,14 +156,22 @@ def a_prompt_in_chunks_beside_one_long_answer(ar, server):
     print(f"{found} times a long answer was retracted for a prompt's chunks")
 
 
-@pytest.mark.parametrize("page", [1, 16])
-def test_wide_steps_in_a_small_context_stay_inside_the_request_table(ar, logs, page):
-    """W = 31 rows behind the last token of a 96-token context."""
+def _small(page: int):
+    """A context of 96 tokens."""
     flags = ["--context-length", "96", "--page-size", str(page), "--speculative-algorithm", "ISD"]
-    with Server(f"small{page}", CHECKPOINT, logs, *flags, env={"IDLM_STRIDE": "16"}) as server:
-        calls = [{"prompt": p[:60], "temperature": 0, "ignore_eos": True, "max_new_tokens": 60} for p in prompts(40, seed=71)]
-        got = server.many(calls, 16)
-        want = ar.many([{**c, "max_new_tokens": a["meta_info"]["completion_tokens"]} for c, a in zip(calls, got)], 16)
-        assert [a["output_ids"] for a in got] == [a["output_ids"] for a in want]
-        wait_idle(server)
-        assert server.alive()
+    return lambda logs: Server(f"small_{page}", CHECKPOINT, logs, *flags, env={"IDLM_STRIDE": "16"})
+
+
+small_1, small_16 = (server_fixture(_small(page), f"small_{page}") for page in (1, 16))
+
+
+@pytest.mark.parametrize("small", ["small_1", "small_16"])
+def test_wide_steps_in_a_small_context_stay_inside_the_request_table(ar, request, small):
+    """W = 31 rows behind the last token of the context."""
+    server = request.getfixturevalue(small)
+    calls = [{"prompt": p[:60], "temperature": 0, "ignore_eos": True, "max_new_tokens": 60} for p in prompts(40, seed=71)]
+    got = server.many(calls, 16)
+    want = ar.many([{**c, "max_new_tokens": a["meta_info"]["completion_tokens"]} for c, a in zip(calls, got)], 16)
+    assert [a["output_ids"] for a in got] == [a["output_ids"] for a in want]
+    wait_idle(server)
+    assert server.alive()

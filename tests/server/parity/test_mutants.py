@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import SERVED
+from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server
 from tests.server.parity.cases import CHAT, COMPLETIONS, GENERATE
 from tests.server.parity.conftest import answers
@@ -17,14 +18,13 @@ from tests.server.parity.test_mix import report
 BREAKS = {"bias": "logit_bias", "penalties": "penalties", "grammar": "grammar", "seed": "seed", "logprobs": "logprobs", "stops": "stops"}
 
 
-@pytest.fixture(scope="module")
+@server_fixture
 def breakable(logs):
     """An ISD server whose requests may ask to be served wrongly; hidden states are on, as far as SGLang is concerned."""
     mutants = str(Path(__file__).parent / "mutants")
     path = os.pathsep.join(filter(None, [mutants, os.environ.get("PYTHONPATH")]))
     flags = ["--speculative-algorithm", "ISD", "--enable-return-hidden-states", *SERVED]
-    with Server("breakable", CHECKPOINT, logs, *flags, env={"PYTHONPATH": path, "IDLM_STRIDE": "8"}) as server:
-        yield server
+    return Server("breakable", CHECKPOINT, logs, *flags, env={"PYTHONPATH": path, "IDLM_STRIDE": "8"})
 
 
 def asking(case, name):

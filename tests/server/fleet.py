@@ -1,0 +1,105 @@
+"""The servers of the tests, each started in the background before a test needs it and ended behind the last that does.
+
+A start takes some 50 seconds of processor time, half of it on one core: beside other tests it costs a run less.
+"""
+
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterable
+
+import pytest
+
+from tests.server.harness import Server
+
+_MAKERS: dict[str, Callable[[Path], Server]] = {}
+_FLEET = pytest.StashKey["Fleet"]()
+
+
+def server_fixture(make: Callable[[Path], Server], name: str | None = None):
+    """A session's fixture of a server: decorates the function that makes it, which gets a directory for its log."""
+    name = name or make.__name__
+    assert name not in _MAKERS, name
+    _MAKERS[name] = make
+
+    def fixture(logs, pytestconfig):
+        with of(pytestconfig).taken(name, logs) as server:
+            yield server
+
+    fixture.__doc__ = make.__doc__
+    return pytest.fixture(scope="session", name=name)(fixture)
+
+
+def of(config: pytest.Config) -> "Fleet":
+    if _FLEET not in config.stash:
+        config.stash[_FLEET] = Fleet()
+    return config.stash[_FLEET]
+
+
+def asked_for(item) -> set[str]:
+    """Servers of a test, those included that it asks for by the value of a parameter; answers stand for their server."""
+    params = getattr(getattr(item, "callspec", None), "params", {}).values()
+    names = {*getattr(item, "fixturenames", ()), *(value for value in params if isinstance(value, str))}
+    names |= {server for answers, server in (("overlapped", "isd"), ("synchronous", "isd_sync")) if answers in names}
+    module, everyones = item.module.__name__, f"{__package__}.conftest"
+    seen = {module, everyones} if module.startswith(__package__) else set()
+    return {name for name in names & set(_MAKERS) if _MAKERS[name].__module__ in seen}
+
+
+class Fleet:
+    """Which servers are needed, begun and running, in one run of the tests."""
+
+    def __init__(self):
+        self._needs: list[tuple[object, set[str]]] = []
+        self._last: dict[str, object] = {}
+        self._begun: dict[str, Future] = {}
+        self._taken: dict[str, Server] = {}
+        self._place = 0
+        self._directory = tempfile.TemporaryDirectory(prefix="idlm-servers-")
+        self._pool = ThreadPoolExecutor(1)
+
+    def plan(self, items: list) -> None:
+        """The tests in their order."""
+        self._needs = [(item, asked_for(item)) for item in items]
+        self._last = {name: item for item, names in self._needs for name in names}
+
+    def begin(self, names: Iterable[str]) -> None:
+        """Start servers that some test needs, one after the other, behind those that were begun before."""
+        for name in names:
+            if name in self._last and name not in self._begun:
+                self._begun[name] = self._pool.submit(lambda name=name: _MAKERS[name](Path(self._directory.name)).started())
+
+    def go_on(self, item) -> None:
+        """This test is next: begin its servers, and the next one of a later test unless one is there that waits for its test."""
+        while self._needs[self._place][0] is not item:
+            self._place += 1
+        self.begin(sorted(self._needs[self._place][1]))
+        here = self._needs[self._place][1]
+        if not set(self._begun) - set(self._taken) - here:
+            following = (name for _, names in self._needs[self._place :] for name in sorted(names) if name not in self._begun)
+            self.begin([name for name in [next(following, None)] if name])
+
+    @contextmanager
+    def taken(self, name: str, logs: Path):
+        begun = self._begun.get(name)
+        # A start beside everything else may have run out of time; one alone says whether the server can start.
+        with begun.result() if begun and begun.exception() is None else _MAKERS[name](logs) as server:
+            self._taken[name] = server
+            yield server
+
+    def end(self, item) -> None:
+        """Behind this test: servers that no later one asks for. Each takes some 2.5 GB."""
+        for name, last in self._last.items():
+            if last is item and name in self._taken:
+                self._taken[name].stop()
+
+    def end_all(self) -> None:
+        """What was begun and never used ends, too."""
+        for future in self._begun.values():
+            future.cancel()
+        self._pool.shutdown(wait=True)
+        for future in self._begun.values():
+            if not future.cancelled() and future.exception() is None:
+                future.result().stop()
+        self._directory.cleanup()
