@@ -47,8 +47,9 @@ def pytest_runtest_teardown(item):
     fleet.of(item.config).end(item)
 
 
-def pytest_unconfigure(config):
-    fleet.of(config).end_all()
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    fleet.of(session.config).end_all(keep_logs=bool(session.testsfailed))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 A start takes some 50 seconds of processor time, half of it on one core: beside other tests it costs a run less.
 """
 
+import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,9 +55,11 @@ class Fleet:
         self._needs: list[tuple[object, set[str]]] = []
         self._last: dict[str, object] = {}
         self._begun: dict[str, Future] = {}
-        self._taken: dict[str, Server] = {}
+        self._taken: set[str] = set()
+        self._over: set[str] = set()
+        self._made: list[tuple[str, Server]] = []
         self._place = 0
-        self._directory = tempfile.TemporaryDirectory(prefix="idlm-servers-")
+        self._directory = Path(tempfile.mkdtemp(prefix="idlm-servers-"))
         self._pool = ThreadPoolExecutor(1)
 
     def plan(self, items: list) -> None:
@@ -64,42 +67,60 @@ class Fleet:
         self._needs = [(item, asked_for(item)) for item in items]
         self._last = {name: item for item, names in self._needs for name in names}
 
+    def is_last(self, name: str, item) -> bool:
+        """Whether no later test asks for the server."""
+        return self._last[name] is item
+
     def begin(self, names: Iterable[str]) -> None:
         """Start servers that some test needs, one after the other, behind those that were begun before."""
         for name in names:
-            if name in self._last and name not in self._begun:
-                self._begun[name] = self._pool.submit(lambda name=name: _MAKERS[name](Path(self._directory.name)).started())
+            if name in self._last and name not in {*self._begun, *self._taken}:
+                self._begun[name] = self._pool.submit(self._start, name, self._directory)
 
     def go_on(self, item) -> None:
         """This test is next: begin its servers, and the next one of a later test unless one is there that waits for its test."""
         while self._needs[self._place][0] is not item:
             self._place += 1
-        self.begin(sorted(self._needs[self._place][1]))
         here = self._needs[self._place][1]
-        if not set(self._begun) - set(self._taken) - here:
-            following = (name for _, names in self._needs[self._place :] for name in sorted(names) if name not in self._begun)
-            self.begin([name for name in [next(following, None)] if name])
+        self.begin(sorted(here))
+        if not set(self._begun) - self._taken - self._over - here:
+            later = (name for _, names in self._needs[self._place :] for name in sorted(names))
+            self.begin([name for name in later if name not in {*self._begun, *self._taken}][:1])
 
     @contextmanager
     def taken(self, name: str, logs: Path):
+        self._taken.add(name)
         begun = self._begun.get(name)
         # A start beside everything else may have run out of time; one alone says whether the server can start.
-        with begun.result() if begun and begun.exception() is None else _MAKERS[name](logs) as server:
-            self._taken[name] = server
+        with begun.result() if begun and begun.exception() is None else self._start(name, logs) as server:
             yield server
 
-    def end(self, item) -> None:
-        """Behind this test: servers that no later one asks for. Each takes some 2.5 GB."""
-        for name, last in self._last.items():
-            if last is item and name in self._taken:
-                self._taken[name].stop()
+    def _start(self, name: str, logs: Path) -> Server:
+        server = _MAKERS[name](logs)
+        self._made.append((name, server))
+        return server.started()
 
-    def end_all(self) -> None:
+    def end(self, item) -> None:
+        """Behind this test: servers that no later one asks for, taken or not. Each takes some 2.5 GB."""
+        over = {name for name, last in self._last.items() if last is item}
+        self._over |= over
+        for name in over & set(self._begun):
+            self._begun[name].cancel()
+        self._stop(over)
+
+    def end_all(self, keep_logs: bool) -> None:
         """What was begun and never used ends, too."""
         for future in self._begun.values():
             future.cancel()
+        self._stop(set(_MAKERS))  # one that is just starting gives up
         self._pool.shutdown(wait=True)
-        for future in self._begun.values():
-            if not future.cancelled() and future.exception() is None:
-                future.result().stop()
-        self._directory.cleanup()
+        self._stop(set(_MAKERS))
+        if keep_logs:
+            print(f"\nlogs of the servers: {self._directory}")
+        else:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _stop(self, names: set[str]) -> None:
+        for name, server in self._made:
+            if name in names and server.process is not None:
+                server.stop()

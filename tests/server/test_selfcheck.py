@@ -11,6 +11,7 @@ import requests
 
 from idlm_sglang.serving import cli
 from tests.deploy.tools import queries, series
+from tests.server import fleet
 from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, chat, ids, prompts, with_pythonpath
 
@@ -160,8 +161,10 @@ def test_dashboard_rules_and_autoscaler_ask_for_series_that_the_server_has(check
     assert len(asked) > 40
 
 
-def test_an_orderly_stop_does_not_wait_for_the_queue(checked):
+def test_an_orderly_stop_does_not_wait_for_the_queue(checked, request):
     """The last test of this server, whose live page is off."""
+    if not fleet.of(request.config).is_last("checked", request.node):
+        pytest.skip("run in an order in which other tests of its server come behind it")
     assert [checked.post("/idlm/decode", {}).status_code, *(requests.get(checked.url + path, timeout=60).status_code for path in ("/idlm", "/idlm/stats"))] == [404] * 3
     calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 400} for p in prompts(8, seed=240)]
     checked.many(calls, 8)
