@@ -6,7 +6,7 @@ Importing this package loads nothing heavy; `CHECKPOINT_DIR` and `RISD_BASE_DIR`
 from pathlib import Path
 
 CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
-CHECKPOINT_SHA256 = "e952fd8661237e1efa0801552f175b99c7e28c4d9677d1602925410eed906d63"  # of model.safetensors
+CHECKPOINT_SHA256 = "66b103b2f62d76e06de88a9ca29896c4e7bd6f3d8e29bf4746286e8c0b1dcba1"  # of model.safetensors
 
 # A plain AR base, and the LoRA adapter for its MASK rows (`idlm serve --demo risd`).
 RISD_BASE_DIR = Path(__file__).resolve().parent / "risd" / "base"

@@ -30,7 +30,7 @@ from idlm_sglang.demo.batches import build_batch
 from idlm_sglang.demo.corpus import training_dialogues
 from idlm_sglang.demo.tokenizer import END_OF_TEXT, IM_END, MASK, VOCAB_SIZE, encode_dialogue, save_tokenizer, train_tokenizer
 
-STEPS, AR_STEPS, ROWS = 2800, 800, 8
+STEPS, AR_STEPS, ROWS = 7000, 800, 8
 BLOCK_SIZES = 3, 7, 15, 15  # MASKs per block, each for a quarter of the training: strides 4, 8 and 16
 MUON_LR, ADAM_LR = 0.02, 4e-3
 TOKENIZER_DIALOGUES = 4000
