@@ -24,7 +24,7 @@ def test_isd_is_equal_to_ar_and_an_arm_that_samples_worse_is_found(ar, isd, tmp_
     assert len(found["benchmarks"]) == 3 and not found["not_run"]
     for row in found["benchmarks"]:
         means = {name: arm["mean"]["mean"] for name, arm in row["arms"].items()}
-        assert means["isd"] == means["ar"] and 0.3 < means["ar"] < 1
+        assert means["isd"] == means["ar"] > 0.3
         assert row["comparisons"][0]["same_text"] == row["questions"] == LIMIT
         print(row["benchmark"], means)
     whole = {comparison["arm"]: comparison for comparison in found["all"]}
