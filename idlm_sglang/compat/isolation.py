@@ -40,12 +40,14 @@ class _Isolation:
 
     def __enter__(self) -> None:
         batch = self._batch
-        self._names, values = _fields(type(batch))
-        self._before = values(vars(batch))
+        self._before = vars(batch).copy()
         if batch.sampling_info is not None:
             batch.sampling_info = _for_forward(batch.sampling_info)
         if self._overlap:
             self._scheduler.record_batch_in_overlap(batch)
 
     def __exit__(self, *_) -> None:
-        vars(self._batch).update(zip(self._names, self._before))
+        names, _ = _fields(type(self._batch))
+        # Attributes that are no fields stay as the forward left them; commonly there are none.
+        before = self._before if len(self._before) == len(names) else {name: self._before[name] for name in names}
+        vars(self._batch).update(before)

@@ -1,4 +1,12 @@
-"""The process's ISD worker, for the scheduler's KV allocation, which knows batches and no worker."""
+"""KV columns for decode steps: what the worker asks for, and what requests are given ahead of it.
+
+The process's worker is known here, for the scheduler's KV allocation, which knows batches and no worker.
+"""
+
+# Columns that a request is given at a time beyond its next step's own, so that the steps behind it allocate nothing, and the
+# part of the free KV slots that these may take, all requests together.
+AHEAD = 32
+_PART = 16
 
 _worker = None
 
@@ -12,3 +20,21 @@ def serve(worker) -> None:
 def columns(reqs, overlap: bool) -> int | None:
     """See ``IsdWorker.columns_ahead``; None where no worker serves."""
     return None if _worker is None else _worker.columns_ahead(reqs, overlap)
+
+
+def in_hand(reqs, ahead: int, page_size: int) -> bool:
+    """Whether every request has ``ahead`` columns behind its committed ones already, in whole pages."""
+    return all(req.kv.kv_allocated_len >= -(-(req.kv.kv_committed_len + ahead) // page_size) * page_size for req in reqs)
+
+
+def to_spare(batch, ahead: int) -> int:
+    """Columns beyond the ``ahead`` of its next step that each request of a batch may be given now: :data:`AHEAD`, up to the end of its page-table
+    row and to what the longest answer may still take; none where the pool is short."""
+    pool, reqs = batch.token_to_kv_pool_allocator, batch.reqs
+    free = pool.available_size() + batch.tree_cache.evictable_size()
+    if not reqs or free < _PART * len(reqs) * (ahead + AHEAD + pool.page_size - 1):
+        return 0
+    row = batch.req_to_token_pool.req_to_token.shape[1]
+    room = row - max(req.kv.kv_committed_len for req in reqs) - ahead - pool.page_size + 1
+    left = max(req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs)
+    return max(min(AHEAD, room, left), 0)

@@ -27,6 +27,8 @@ from idlm_sglang.serving.progress import Display, LogReader
 
 SERVER_MODULE = "idlm_sglang.serving.server"
 _POLL = 0.25  # seconds between looks at the child while it starts
+_LOG_PIECE = 65536  # bytes of the log read at a time: what the pipe holds
+_LOG_INTERVAL = 0.1  # seconds between looks at the log of a server that answers: one for each line would take its processors' time
 _HEALTH_INTERVAL = 1.0  # seconds between requests to /health, each of which the server logs
 _HEALTH_TIMEOUT = 5.0  # seconds; SGLang's answer to /health takes a generated token and up to a second of its own
 _SWEEP_TIMEOUT = 10.0  # seconds for killed processes to be gone
@@ -74,6 +76,7 @@ class Server:
         self._stop_time = 0.0
         self._forced = False
         self._ready = False
+        self._ended = threading.Event()
 
     def run(self) -> int:
         self._display.say(f"idlm: serving {self._launch.model} on {self._launch.address}; {summary.versions()}")
@@ -108,6 +111,7 @@ class Server:
             self._wait_until_ready(events)
             code = self._process.wait()
         finally:
+            self._ended.set()
             _end_group(self._process)
         copier.join(timeout=5)
         events.join(timeout=5)
@@ -115,10 +119,12 @@ class Server:
 
     def _copy_log(self) -> None:
         pipe = self._process.stdout
-        while piece := os.read(pipe.fileno(), 65536):
+        while piece := os.read(pipe.fileno(), _LOG_PIECE):
             self._reader.feed(piece)
             with suppress(OSError):  # a full disk must not stop the server
                 self._log.write(piece)
+            if self._ready and len(piece) < _LOG_PIECE:
+                self._ended.wait(_LOG_INTERVAL)
 
     def _read_events(self, descriptor: int) -> None:
         with os.fdopen(descriptor) as events:
@@ -143,6 +149,7 @@ class Server:
                 _signal_group(self._process, signal.SIGKILL)
                 return
             if self._ready:
+                self._reader.started()
                 url = summary.base_url(self._launch, self._resolved)
                 self._display.say(f"idlm: ready after {self._display.elapsed:.0f} s at {url}/v1; Ctrl-C ends it")
                 self._display.say(f"  {summary.curl(self._launch, self._resolved)}")

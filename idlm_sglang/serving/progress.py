@@ -45,8 +45,13 @@ class LogReader:
     def __init__(self) -> None:
         self.stage = "loading SGLang"
         self.port_taken = False
+        self._starting = True
         self._rest = ""
         self._recent: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    def started(self) -> None:
+        """The server answers: from now on lines are kept for :meth:`failure` alone. A busy server logs several a request."""
+        self._starting = False
 
     def feed(self, piece: bytes) -> None:
         """Read on. Progress bars end their lines with a carriage return."""
@@ -59,6 +64,8 @@ class LogReader:
         if not line.strip():
             return
         self._recent.append(line)
+        if not self._starting:
+            return
         self.port_taken |= _PORT_TAKEN.match(line) is not None
         for pattern, stage in _COMPILED:
             if pattern.search(line):

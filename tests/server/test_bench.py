@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from benchmarks import paired
 from idlm_sglang.bench import one_batch, servers
 from idlm_sglang.bench.arms import parse
 from idlm_sglang.bench.load import Point
@@ -187,3 +188,10 @@ def test_a_stock_arm_is_served_by_sglang_s_own_class_and_ends_with_the_compariso
 def test_an_arm_that_does_not_start_ends_the_comparison_with_its_reason(tmp_path):
     with servers.Servers(CHECKPOINT_DIR, True, (), tmp_path, tmp_path, 120, False) as started, pytest.raises(servers.BenchError, match="arm a ended .*page-size"):
         started.start(parse("a=isd:4 --page-size 7"))
+
+
+def test_bursts_in_turn_time_every_arm_and_count_other_answers(ar, isd, risd):
+    body = {"temperature": 1, "max_tokens": 24}
+    speeds, others = paired.compared([ar.url, isd.url, risd.url], 2, 6, 1, body)
+    assert [len(found) for found in speeds] == [6, 6, 6] and min(map(min, speeds)) > 0
+    assert others[:2] == [0, 0] and others[2] > 0, "the third is another model"

@@ -15,6 +15,10 @@ from tests.serving.test_summary import RESOLVED
 from idlm_sglang.serving.server import end_with_parent
 
 
+# Lines of a server that logs faster than its log is looked at: several times what a pipe holds.
+TALK = 3_000
+
+
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -51,6 +55,12 @@ def main(events: int, argv: list[str]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     server = http.server.HTTPServer(("127.0.0.1", port), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    if way == "talkative":
+        time.sleep(1.5)
+        for number in range(TALK):
+            print(f"[t] line {number} " + "x" * 200, flush=True)
+        print("ValueError: said enough", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     if way == "crashes":
         time.sleep(1.5)
         print("AttributeError: a worker went away", flush=True)

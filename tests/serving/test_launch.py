@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.serving.fake_server import TALK
+
 from idlm_sglang.serving.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,6 +153,16 @@ def test_the_log_goes_to_a_file_that_is_named_and_the_terminal_stays_quiet(start
     command.until("idlm: ready after")
     assert f"log          {log}" in command.text() and "Load weight begin" not in command.text()
     assert "Load weight begin" in log.read_text()
+
+
+def test_a_busy_log_is_whole_up_to_the_reason_of_the_end(start, tmp_path):
+    log = tmp_path / "server.log"
+    command = start("talkative", "--log-file", str(log))
+    command.until("idlm: ready after")
+    assert command.process.wait(timeout=20) == 1
+    assert "idlm: the server ended: ValueError: said enough" in command.text()
+    lines = log.read_text().splitlines()
+    assert [int(line.split()[2]) for line in lines if line.startswith("[t] line ")] == list(range(TALK))
 
 
 def test_a_log_file_that_cannot_be_written_is_refused(start):

@@ -101,6 +101,15 @@ def test_the_stage_follows_the_log_whatever_the_pieces():
     assert byte_by_byte.stage == LOG[-1][1]
 
 
+def test_a_server_that_answers_has_no_stages_any_more_and_still_a_reason_for_its_end():
+    reader = LogReader()
+    reader.feed(b"[t] Load weight begin.\n")
+    reader.started()
+    reader.feed(b"[t] KV Cache is allocated.\nRuntimeError: no")
+    reader.feed(b" memory left\n[t] bye\n")
+    assert reader.stage == "loading the weights" and reader.failure() == "RuntimeError: no memory left"
+
+
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
