@@ -47,7 +47,12 @@ class _Isolation:
             self._scheduler.record_batch_in_overlap(batch)
 
     def __exit__(self, *_) -> None:
+        after, self._batch.__dict__ = vars(self._batch), self._before
         names, _ = _fields(type(self._batch))
         # Attributes that are no fields stay as the forward left them; commonly there are none.
-        before = self._before if len(self._before) == len(names) else {name: self._before[name] for name in names}
-        vars(self._batch).update(before)
+        if not len(names) == len(after) == len(self._before):
+            for name in (after.keys() | self._before.keys()).difference(names):
+                if name in after:
+                    self._before[name] = after[name]
+                else:
+                    del self._before[name]

@@ -193,15 +193,13 @@ class IsdMetrics:
                 totals.round(kind, tokens, count, run, introspection, width if result.lens is None else result.lens[i])
                 totals.answers += finished
             ends |= finished
-        linear = [(count, run) for count, run, survivors in seen if count and not survivors]
-        self._first[0] += len(linear)
-        self._first[1] += sum(run > 0 for _, run in linear)
         totals.forwards += 1
         if self._series is not None and (ends or totals.forwards % _PUBLISH_EVERY == 0):
             self._publish()
         if self.on_step is not None:
             self.on_step(seen)
-        self._warn_when_nothing_is_accepted()
+        if stats is not None and not self._warned:
+            self._warn_when_nothing_is_accepted(seen)
 
     def _values(self) -> list[float]:
         """What is published, in the order of ``_series``."""
@@ -224,9 +222,12 @@ class IsdMetrics:
         since, self._told = tuple(a - b for a, b in zip(now, self._told)), now
         return since
 
-    def _warn_when_nothing_is_accepted(self) -> None:
+    def _warn_when_nothing_is_accepted(self, seen: list[tuple[int, int, bool]]) -> None:
+        linear = [run for count, run, survivors in seen if count and not survivors]
+        self._first[0] += len(linear)
+        self._first[1] += sum(run > 0 for run in linear)
         tried, stood = self._first
-        if self._warned or tried < _WARN_AFTER:
+        if tried < _WARN_AFTER:
             return
         self._warned = True
         if stood < _WARN_BELOW * tried:

@@ -55,7 +55,7 @@ class SingleStep:
         batch.forward_mode, batch.spec_info = ForwardMode.DECODE, None
         batch.input_ids, batch.out_cache_loc, batch.seq_lens = self._pending, self._slots, self._lengths
         if batch.seq_lens_cpu is not None:
-            batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+            batch.seq_lens_cpu = self._lengths if self._lengths.is_cpu else batch.seq_lens_cpu + 1
         batch.seq_lens_sum = None
         self._rows.give_seeds(batch.sampling_info)
         if penalised is not None:

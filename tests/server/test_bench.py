@@ -192,6 +192,6 @@ def test_an_arm_that_does_not_start_ends_the_comparison_with_its_reason(tmp_path
 
 def test_bursts_in_turn_time_every_arm_and_count_other_answers(ar, isd, risd):
     body = {"temperature": 1, "max_tokens": 24}
-    speeds, others = paired.compared([ar.url, isd.url, risd.url], 2, 6, 1, body)
+    speeds, others = paired.compared([ar.url, isd.url, risd.url], 2, range(6), 1, body)
     assert [len(found) for found in speeds] == [6, 6, 6] and min(map(min, speeds)) > 0
     assert others[:2] == [0, 0] and others[2] > 0, "the third is another model"
