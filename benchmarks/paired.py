@@ -4,7 +4,7 @@
 
 For small differences on a machine whose speed drifts: a point of `idlm bench` takes seconds, in which the drift is larger than
 a difference of a few percent; a burst takes a fraction of one, and its partner comes right behind it. Two servers of the very same arm differ as
-well, by where their memory happens to lie: all servers are started anew `--starts` times, and the intervals are over starts. Arms, servers and
+well, for reasons that have not been found: all servers are started anew `--starts` times, and the intervals are over starts. Arms, servers and
 questions are those of `idlm bench` with the embedded checkpoint; the client is a plain one that reads each answer's stream, and nothing else of the
 answer is timed. Each burst has questions of its own, the same for all arms; a burst that an arm answers with other tokens than the first arm's is counted.
 """

@@ -90,13 +90,14 @@ def command(arm: Arm, model: Path | str, embedded: bool, common: tuple[str, ...]
 
     ``common``: SGLang flags for every arm, in front of the arm's own. ``scratch``: a directory for a configuration that stock SGLang can read.
     """
-    flags = ["--host", "127.0.0.1", "--port", str(port), *common, *arm.flags]
+    # Said to all arms: one that took its default from elsewhere would be compared at another precision.
+    named = ["--dtype", "float32", "--served-model-name", DEMO_NAME] if embedded else []
+    flags = [*named, "--host", "127.0.0.1", "--port", str(port), *common, *arm.flags]
     if arm.kind == STOCK:
-        named = ["--dtype", "float32", "--served-model-name", DEMO_NAME] if embedded else []
         # A dLLM of SGLang's own reads the published architecture as what it is.
         own = "--dllm-algorithm" in arm.flags
         served = model if own or not Path(model).is_dir() else stock_checkpoint(Path(model), scratch)
-        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *named, *flags], {"SGLANG_PLUGINS": _other_plugins()}
+        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *flags], {"SGLANG_PLUGINS": _other_plugins()}
     own = ["--ar"] if arm.kind == AR else ["--stride", str(arm.stride), "--selfcheck", "0"]
     return [sys.executable, "-P", "-m", "idlm_sglang.serving.cli", "serve", str(model), *own, "--verbose", *flags], {}
 

@@ -39,7 +39,7 @@ def reserve_in_use(original: Callable) -> int:
 def allocate_in_use(original: Callable, batch) -> None:
     """What: ``spec_prepare_for_decode`` allocates under that reserve, and where the pool has plenty for some steps at a time; a step whose
     requests have all their columns allocates nothing.
-    Why: with the hook above. Allocating takes 2.4 % of a step of the embedded checkpoint at stride 1, which is to cost what AR costs.
+    Why: with the hook above; and a step of stride 1, which is to cost what AR costs, should not allocate each time.
     Guard: with the hook above; a test compares a batch that allocates nothing with SGLang's own preparation of it.
     Goes when: with the hook above; SGLang skips an allocation of nothing.
     """

@@ -52,6 +52,14 @@ def test_stock_sglang_reads_the_checkpoint_as_its_own_class_and_loads_no_plugin_
     assert (served / "model.safetensors").resolve() == (CHECKPOINT_DIR / "model.safetensors").resolve()
 
 
+@pytest.mark.parametrize("text", ["stock", "ar", "isd:4"])
+def test_every_arm_of_the_embedded_checkpoint_is_told_its_precision_and_its_name(text, tmp_path):
+    words, _ = command(parse(text), CHECKPOINT_DIR, True, (), 31000, tmp_path)
+    assert words[words.index("--dtype") + 1] == "float32" and words[words.index("--served-model-name") + 1] == "idlm-demo"
+    words, _ = command(parse(text), CHECKPOINT_DIR, False, (), 31000, tmp_path)
+    assert "--dtype" not in words, "other checkpoints are served in their own"
+
+
 def test_the_published_config_loses_its_remote_code(tmp_path):
     model = tmp_path / "published"
     model.mkdir()
