@@ -29,6 +29,7 @@ class StrideControl:
         self._group, self._totals = group, totals
         self._steps, self._told = 0, (0, 0, 0)
         self._tokens_per_round = self._speed = None
+        self._mixed = False
 
     def rounds(self, seen: list[tuple[int, int, bool]]) -> None:
         """Of each request in one step: drafts verified, accepted, and whether they were survivors; as they reach the host."""
@@ -37,9 +38,10 @@ class StrideControl:
             if tried:
                 self._controller.observe_rounds(*zip(*tried), survivors)
 
-    def other(self) -> None:
-        """An extend starts."""
+    def other(self, decodes: bool = False) -> None:
+        """Something starts that is no step of the controller's: an extend, or a step that ``decodes`` at a stride of requests' own."""
         self._clock.other()
+        self._mixed |= decodes
 
     def start(self, batch: int, stride: int) -> None:
         """A decode step starts."""
@@ -61,10 +63,13 @@ class StrideControl:
             return None
         if self._totals is None:
             return agreed(self._group, 0)
+        mixed, self._mixed = self._mixed, False
         now = (self._totals.tokens, sum(self._totals.rounds.values()), self._totals.answers)
         tokens, rounds, answers = (a - b for a, b in zip(now, self._told))
         if rounds:
             self._controller.observe_answers(tokens, answers)
+            if not mixed:
+                self._controller.observe_tokens(tokens, rounds)
             self._told, self._tokens_per_round = now, _recent(self._tokens_per_round, tokens / rounds)
         return agreed(self._group, self._controller.decide(batch))
 
@@ -83,6 +88,8 @@ class StrideControl:
             "expected_gain": expected,
             "actual_gain": actual,
             "expected_by_stride": None if choice is None else {str(n): round(gain, 3) for n, gain in choice.expected.items()},
+            "tokens_per_round_by_stride": None if choice is None else {str(n): round(tokens, 2) for n, tokens in choice.tokens.items()},
+            "step_ms_by_stride": None if choice is None else {str(n): round(1e3 * seconds, 2) for n, seconds in choice.seconds.items()},
             "acceptance": [round(p, 4) for p in self._controller.acceptance.linear()],
             "on_trial": self._controller.on_trial,
         }

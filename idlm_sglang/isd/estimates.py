@@ -1,4 +1,4 @@
-"""What a stride is chosen from: how long a decode step takes and how many drafts are accepted, both learned in service.
+"""What a stride is chosen from: how long a decode step takes, how many drafts are accepted and what rounds commit, all learned in service.
 
 Neither knows a clock or SGLang: observations come in, estimates go out, and equal observations give equal estimates.
 """
@@ -16,6 +16,7 @@ _FAMILIAR = 3.0
 _WINDOW = 400.0
 _PRIOR_TRIES = 4.0
 _EDGE = 1e-3
+_ROUNDS_UNKNOWN, _ROUNDS, _TRUSTED = 64.0, 1024.0, 0.07
 
 
 class StepTimes:
@@ -163,3 +164,33 @@ class _Positions:
 def _log_odds(p: float) -> float:
     p = min(max(p, _EDGE), 1 - _EDGE)
     return math.log(p / (1 - p))
+
+
+class Yields:
+    """Tokens that a round commits over those expected of it, by stride; 1 to begin with, and always at stride 1.
+
+    What is expected takes all requests for alike (:func:`~idlm_sglang.isd.stride.tokens_per_round`). Where some are easy to draft for and others are not,
+    the easy ones' long runs raise what is known of far positions, and the hard ones, which have most of the rounds, never reach them: at wide strides
+    too much is expected. A small difference is taken for noise. What rounds commit is seen only at the stride in use; others follow its moves in part,
+    narrower ones the less the narrower.
+    """
+
+    def __init__(self, strides: Sequence[int]):
+        self._moved = dict.fromkeys((n for n in strides if n > 1), 0.0)
+        self._seen = dict.fromkeys(self._moved, 0.0)
+
+    def of(self, stride: int) -> float:
+        """The factor of a stride."""
+        moved = self._moved.get(stride, 0.0)
+        return math.exp(math.copysign(max(abs(moved) - _TRUSTED, 0.0), moved))
+
+    def observe(self, stride: int, rounds: int, over_expected: float) -> None:
+        """``rounds`` at ``stride`` committed so many times what was expected of them, without the factor; > 0."""
+        if stride not in self._moved or rounds <= 0:
+            return
+        step = (math.log(over_expected) - self._moved[stride]) * rounds / (_ROUNDS_UNKNOWN + self._seen[stride] + rounds)
+        self._seen[stride] = min(self._seen[stride] + rounds, _ROUNDS)
+        for other in self._moved:
+            self._moved[other] += step if other == stride else _TRANSFER * min((other - 1) / (stride - 1), 1.0) * step
+            if other != stride:
+                self._seen[other] *= _FORGOTTEN

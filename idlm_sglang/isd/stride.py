@@ -1,7 +1,8 @@
 """Which stride to use now: the one that commits the most tokens per second, as far as is known.
 
 A step of stride N costs more the more requests run, and brings more tokens the better drafts are accepted. Both are
-estimated (:mod:`idlm_sglang.isd.estimates`), and the expected tokens of a round follow from a Markov chain over rounds.
+estimated (:mod:`idlm_sglang.isd.estimates`); the expected tokens of a round follow from a Markov chain over rounds, and are corrected by those
+that rounds turn out to commit.
 """
 
 import math
@@ -9,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from idlm_sglang.isd.estimates import Acceptance, StepTimes
+from idlm_sglang.isd.estimates import Acceptance, StepTimes, Yields
 
-__all__ = ["Acceptance", "Choice", "Policy", "StepTimes", "StrideController", "choose", "in_answers", "ladder", "tokens_per_round"]
+__all__ = ["Acceptance", "Choice", "Policy", "StepTimes", "StrideController", "Yields", "choose", "in_answers", "ladder", "tokens_per_round"]
 
 _LADDER = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -74,10 +75,18 @@ def in_answers(tokens: float, length: float) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """A stride, and what each one is expected to give in tokens per second, stride 1 being 1."""
+    """What a stride was chosen by.
+
+    Attributes:
+        stride: the one chosen.
+        expected: of each stride, tokens per second where stride 1 gives 1.
+        seconds, tokens: of each stride, seconds of a step and tokens of a round, which that is made of.
+    """
 
     stride: int
     expected: Mapping[int, float]
+    seconds: Mapping[int, float]
+    tokens: Mapping[int, float]
 
 
 def choose(
@@ -89,19 +98,25 @@ def choose(
     current: int | None = None,
     hysteresis: float = 0.0,
     length: float = math.inf,
+    yields: Yields | None = None,
 ) -> Choice:
     """The stride with the most expected tokens per second at ``batch`` running requests.
 
     ``current`` is kept unless the best beats it by more than the share ``hysteresis``; among equals the smaller one is
-    taken. ``length``: tokens of an answer (:func:`in_answers`). Depends on nothing but its arguments.
+    taken. ``length``: tokens of an answer (:func:`in_answers`). ``yields``: what rounds commit over what is expected; None: just that.
+    Depends on nothing but its arguments.
     """
-    rate = {n: in_answers(tokens_per_round(linear, branch, n), length) / times.seconds(batch, n) for n in sorted(strides)}
+    seconds = {n: times.seconds(batch, n) for n in sorted(strides)}
+    tokens = {n: in_answers(tokens_per_round(linear, branch, n), length) for n in seconds}
+    if yields is not None:
+        tokens = {n: min(max(expected * yields.of(n), 1.0), n) for n, expected in tokens.items()}
+    rate = {n: tokens[n] / seconds[n] for n in seconds}
     single = 1 / times.seconds(batch, 1) if 1 in times.strides else next(iter(rate.values()))
     expected = {n: r / single for n, r in rate.items()}
     best = max(expected, key=expected.get)
     if current in expected and expected[best] <= expected[current] * (1 + hysteresis):
         best = current
-    return Choice(best, expected)
+    return Choice(best, expected, seconds, tokens)
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,9 @@ class StrideController:
         self._lately: list[tuple[int, float]] = []
         self._lately_at = 0
         self._answered = (0.0, 0.0)
+        self._yields = Yields(self.strides)
+        # The stride that the last tokens told of were committed at.
+        self._told_at: int | None = None
 
     @property
     def stride(self) -> int:
@@ -223,14 +241,26 @@ class StrideController:
         keep = 1 - min(answers / _ANSWERS, 1.0)
         self._answered = (self._answered[0] * keep + tokens, self._answered[1] * keep + answers)
 
+    def observe_tokens(self, tokens: int, rounds: int) -> None:
+        """The ``rounds`` of all requests since the last decision, all at the stride in use, committed ``tokens``."""
+        before, self._told_at = self._told_at, self.stride
+        # Behind a change the first rounds bring the drafts of another stride.
+        if before == self.stride and tokens > 0 and rounds > 0:
+            linear, branch, length = self._known()
+            expected = in_answers(tokens_per_round(linear, branch, self.stride), length)
+            self._yields.observe(self.stride, rounds, tokens / rounds / expected)
+
+    def _known(self) -> tuple[list[float], list[float] | None, float]:
+        """Acceptance of drafts and of survivors, and the length of answers."""
+        tokens, answers = self._answered
+        length = max(tokens / answers, 1.0) if answers else math.inf
+        return self.acceptance.linear(), self.acceptance.branch() if self.salvage else None, length
+
     def decide(self, batch: int) -> int:
         """The stride for the next ``policy.interval`` decode steps of about ``batch`` requests."""
         policy = self.policy
-        branch = self.acceptance.branch() if self.salvage else None
-        linear = self.acceptance.linear()
-        tokens, answers = self._answered
-        length = max(tokens / answers, 1.0) if answers else math.inf
-        choice = choose(self.times, linear, branch, batch, self.strides, self._settled, policy.hysteresis, length)
+        linear, branch, length = self._known()
+        choice = choose(self.times, linear, branch, batch, self.strides, self._settled, policy.hysteresis, length, self._yields)
         self.choice = choice
         self._since += 1
         bucket = min(self.times.batches, key=lambda b: abs(b - batch))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from idlm_sglang.isd.stride import Acceptance, Policy, StepTimes, StrideController, choose, in_answers, ladder, tokens_per_round
+from idlm_sglang.isd.stride import Acceptance, Policy, StepTimes, StrideController, Yields, choose, in_answers, ladder, tokens_per_round
 
 STRIDES = ladder(8)
 
@@ -169,6 +169,41 @@ def test_acceptance_is_learned_by_position_and_what_is_not_tried_follows():
     assert Acceptance(prior=0.7).linear() == [0.7]
 
 
+def test_what_rounds_commit_corrects_what_is_expected_the_most_where_it_was_seen():
+    yields = Yields(ladder(16))
+    assert [yields.of(n) for n in ladder(16)] == [1.0] * len(ladder(16))
+    for _ in range(200):
+        yields.observe(8, 16, 0.5)
+    found = {n: yields.of(n) for n in ladder(16)}
+    # 7 % are taken for noise.
+    assert found[1] == 1 and found[8] == pytest.approx(0.5 * math.exp(0.07), rel=0.02)
+    # The error grows with the stride: a narrow one hardly follows, a wider one does in part.
+    assert 0.9 < found[2] <= 1 and found[2] > found[4] > found[6] > found[12] == found[16] > found[8]
+    few = Yields(ladder(16))
+    few.observe(8, 4, 0.5)
+    assert few.of(8) == 1, "four rounds say little"
+    few.observe(8, 0, 0.1)
+    few.observe(1, 99, 3.0)
+    assert few.of(1) == few.of(8) == 1
+
+
+def test_the_choice_heeds_what_rounds_commit_within_what_a_round_can():
+    times, yields = linear_times(0.0), Yields(STRIDES)
+    plain = choose(times, [0.9], None, 1, STRIDES)
+    assert plain.stride == 8 and plain.tokens[8] == pytest.approx(tokens_per_round([0.9], None, 8))
+    assert plain.seconds == {n: times.seconds(1, n) for n in STRIDES}
+    for _ in range(200):
+        yields.observe(8, 64, 0.3)
+    short = choose(times, [0.9], None, 1, STRIDES, yields=yields)
+    assert short.stride < 8 and short.tokens[8] == pytest.approx(0.3 * math.exp(0.07) * plain.tokens[8], rel=0.02)
+    for _ in range(400):
+        yields.observe(8, 64, 100.0)
+    assert choose(times, [0.9], None, 1, STRIDES, yields=yields).tokens == {n: n for n in STRIDES}
+    for _ in range(400):
+        yields.observe(8, 64, 0.001)
+    assert choose(times, [0.9], None, 1, STRIDES, yields=yields).tokens[8] == 1
+
+
 class World:
     """A server under the controller: true step times and acceptance, both noisy as drawn."""
 
@@ -192,9 +227,12 @@ class World:
 
 def serve(controller, world, steps):
     """Let the controller decide; the strides used, step by step."""
-    used = []
+    used, told = [], world.tokens
     for step in range(steps):
         if step % controller.policy.interval == 0:
+            if step:
+                controller.observe_tokens(world.tokens - told, controller.policy.interval * world.batch)
+            told = world.tokens
             stride = controller.decide(world.batch)
         seconds, rounds = world.step(stride)
         controller.observe_step(world.batch, stride, seconds)
@@ -321,3 +359,63 @@ def test_equal_observations_give_equal_decisions():
     runs = [serve(StrideController(linear_times(0.01), STRIDES), World(linear_times(0.03), [0.8], 4, seed=6), 1000) for _ in range(2)]
     assert runs[0] == runs[1]
     assert len(set(runs[0])) > 1
+
+
+class Unlike(World):
+    """Requests of two kinds, half of them easy to draft for, in answers of 160 tokens."""
+
+    kinds = ([0.97], [0.2])
+
+    def __init__(self, times, batch, noise=0.1, seed=4):
+        super().__init__(times, [], batch, noise, seed)
+        self.requests = [self._new() for _ in range(batch)]
+
+    def _new(self):
+        request = Request(self.rng)
+        request.p, request.left = self.rng.choice(self.kinds), 160
+        return request
+
+    def step(self, stride):
+        rounds = []
+        for i, request in enumerate(self.requests):
+            count, run, salvaged = request.round(stride, request.p, [0.7 * p for p in request.p])
+            rounds.append((count, run, salvaged))
+            self.tokens += min(run + 1, request.left)
+            request.left -= run + 1
+            if request.left <= 0:
+                self.requests[i] = self._new()
+        seconds = self.times.seconds(self.batch, stride) * math.exp(self.rng.gauss(0, self.noise))
+        self.seconds += seconds
+        return seconds, rounds
+
+
+def test_easy_requests_among_hard_ones_do_not_widen_the_stride_of_all():
+    """The chain takes all requests for alike, and expects up to twice of the widest stride what it gives."""
+    strides = ladder(16)
+    table = {(b, n): (0.4 + 0.6 * b / 16) * t for b in (1, 4, 16) for n, t in zip(strides, (5.0, 6.0, 6.6, 7.2, 8.4, 9.5, 11.4, 13.0))}
+    times = StepTimes(table)
+
+    def rate(world):
+        return world.tokens / world.seconds
+
+    true = {}
+    for n in strides:
+        world = Unlike(times, 16, noise=0.0)
+        for _ in range(2000):
+            world.step(n)
+        true[n] = rate(world)
+    best = max(true, key=true.get)
+    found = {True: [], False: []}
+    for seed in range(4):
+        for told in found:
+            world, controller = Unlike(times, 16, seed=seed), StrideController(StepTimes(table), strides, True)
+            if not told:
+                controller.observe_tokens = lambda *_: None
+            serve(controller, world, 600)
+            world.seconds = world.tokens = 0
+            serve(controller, world, 3000)
+            found[told].append(rate(world) / true[best])
+    means = {told: sum(shares) / len(shares) for told, shares in found.items()}
+    print(f"best {best}, {true[best] / true[1]:.2f} of AR; {means[True]:.3f} of its rate, {means[False]:.3f} where rounds are not looked at")
+    assert true[16] < true[1]
+    assert means[True] > 0.88 and means[True] > means[False] + 0.04
