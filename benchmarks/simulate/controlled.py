@@ -44,6 +44,7 @@ class Controlled:
             if not running[i]:
                 continue
             controller.observe_step(int(running[i]), int(stride[i]), float(seen[i]))
+            controller.observe_tokens(int(stride[i]), int((done.accepted[i, active[i]] + 1).sum()), int(active[i].sum()))
             for branch in (False, True):
                 mine = active[i] & (done.branch[i] == branch) & (done.proposed[i] > 0)
                 if mine.any():

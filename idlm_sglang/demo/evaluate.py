@@ -22,7 +22,7 @@ from idlm_sglang.demo import CHECKPOINT_DIR
 from idlm_sglang.demo.corpus import FAMILIES, Dialogue, held_out_dialogues, training_dialogues
 from idlm_sglang.demo.split import VALUES, WORDING
 from idlm_sglang.isd import BRANCH, CHAIN, OFF, noise, row_offsets, visible_rows
-from idlm_sglang.isd.trim import Rows, trim
+from idlm_sglang.isd.trim import Record, Rows, trim
 
 MAX_NEW_TOKENS = 200
 POLICIES = tuple(policy + start + rows for rows in ("", "+trim") for start in ("", "+warm") for policy in (OFF, BRANCH, CHAIN))
@@ -109,17 +109,19 @@ class Decoder:
         output = [self._choose(logits[0], temperature, len(prompt) - 1)]
         q = (logits[1:] / (temperature or 1.0)).softmax(-1)
         drafts = [self._choose(row, temperature, len(prompt) + i) for i, row in enumerate(logits[1:])]
-        clean = len(drafts)
+        clean, record = len(drafts), Record()
         while output[-1] not in self.eos and len(output) < MAX_NEW_TOKENS:
             kept, masks = cache.get_seq_length() + 1, stride - 1
             counts.rows += 2 * stride - 1
             if "trim" in more:
-                worth = self._worth(drafts, clean, q, temperature, MAX_NEW_TOKENS - len(output), masks, salvage)
+                worth = self._worth(drafts, clean, q, temperature, MAX_NEW_TOKENS - len(output), masks, salvage, record.stands)
                 counts.rows -= 2 * stride - 1 - len(worth)
                 drafts, masks, clean = drafts[: worth.drafts], worth.masks, min(clean, worth.drafts)
             fork = clean if salvage == BRANCH else len(drafts)
             logits = self.forward(cache, [output[-1], *drafts, *[self.mask] * masks], len(drafts), fork, masks)
             committed, accepted = self._verify(logits, drafts, q, temperature, counts if clean == len(drafts) else Counts(), kept - 1)
+            if "trim" in more and clean == len(drafts):
+                record.add(len(drafts) + worth.doubted, accepted)
             cache.crop(kept + accepted - cache.get_seq_length())  # minus the number of rejected and MASK columns
             counts.forwards += 1
             for token in committed:
@@ -136,10 +138,10 @@ class Decoder:
             clean = len(drafts) if standing else 0
         return output[:MAX_NEW_TOKENS]
 
-    def _worth(self, drafts: list[int], clean: int, q: torch.Tensor, temperature: float, left: int, k: int, salvage: str) -> Rows:
+    def _worth(self, drafts: list[int], clean: int, q: torch.Tensor, temperature: float, left: int, k: int, salvage: str, stands: float) -> Rows:
         exact = not temperature or self.coupled
         sure = q.gather(1, torch.tensor(drafts)[:, None])[:, 0].log().tolist() if drafts and not temperature else [0.0] * len(drafts)
-        return trim(drafts, clean, sure, self.eos if exact else (), left, k, salvage)
+        return trim(drafts, clean, sure, self.eos if exact else (), left, k, salvage, stands)
 
     def _choose(self, logits: torch.Tensor, temperature: float, position: int) -> int:
         if not temperature:

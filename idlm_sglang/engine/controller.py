@@ -29,19 +29,24 @@ class StrideControl:
         self._group, self._totals = group, totals
         self._steps, self._told = 0, (0, 0, 0)
         self._tokens_per_round = self._speed = None
-        self._mixed = False
 
-    def rounds(self, seen: list[tuple[int, int, bool]]) -> None:
-        """Of each request in one step: drafts verified, accepted, and whether they were survivors; as they reach the host."""
+    def rounds(self, seen: list[tuple[int, int, bool]], committed: tuple[int, int, int] | None) -> None:
+        """One step, as it reaches the host.
+
+        Args:
+            seen: of each request drafts verified, accepted, and whether they were survivors.
+            committed: the stride of the requests without one of their own, the tokens that these committed, and their number; None: there were none.
+        """
+        if committed is not None:
+            self._controller.observe_tokens(*committed)
         for survivors in (False, True):
             tried = [(count, run) for count, run, salvaged in seen if count and salvaged == survivors]
             if tried:
                 self._controller.observe_rounds(*zip(*tried), survivors)
 
-    def other(self, decodes: bool = False) -> None:
-        """Something starts that is no step of the controller's: an extend, or a step that ``decodes`` at a stride of requests' own."""
+    def other(self) -> None:
+        """Something starts that is no step of the controller's."""
         self._clock.other()
-        self._mixed |= decodes
 
     def start(self, batch: int, stride: int) -> None:
         """A decode step starts."""
@@ -63,13 +68,10 @@ class StrideControl:
             return None
         if self._totals is None:
             return agreed(self._group, 0)
-        mixed, self._mixed = self._mixed, False
         now = (self._totals.tokens, sum(self._totals.rounds.values()), self._totals.answers)
         tokens, rounds, answers = (a - b for a, b in zip(now, self._told))
         if rounds:
             self._controller.observe_answers(tokens, answers)
-            if not mixed:
-                self._controller.observe_tokens(tokens, rounds)
             self._told, self._tokens_per_round = now, _recent(self._tokens_per_round, tokens / rounds)
         return agreed(self._group, self._controller.decide(batch))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from idlm_sglang.engine.phases import PHASES
-from idlm_sglang.engine.requests import SELFCHECK
+from idlm_sglang.engine.requests import SELFCHECK, STRIDED, record_of
 from idlm_sglang.engine.spec_io import IsdResult
 from idlm_sglang.engine.stride_series import StrideSeries
 from idlm_sglang.engine.trace import trace_of
@@ -146,8 +146,8 @@ class IsdMetrics:
     def __init__(self, max_drafts: int, labels: dict[str, str] | None, seconds: dict[str, float], strides: StrideSeries):
         self.seconds, self._strides = seconds, strides
         self.totals = Totals.none(max_drafts)
-        # Told of each step's rounds, as (drafts verified, accepted, whether they were survivors) per request.
-        self.on_step: Callable[[list[tuple[int, int, bool]]], None] | None = None
+        # Told of each step (`engine.controller.StrideControl.rounds`).
+        self.on_step: Callable[[list[tuple[int, int, bool]], tuple[int, int, int] | None], None] | None = None
         # Rounds whose first draft was tried, or left out in doubt, and of how many it stood; survivors apart.
         self._first = [0, 0]
         self._warned = False
@@ -173,7 +173,7 @@ class IsdMetrics:
             return
         (rows, result), self._step = self._step, None
         totals, stats, limits = self.totals, None if result.round_stats is None else result.round_stats.tolist(), result.limits
-        width, seen, ends = result.speculative_num_draft_tokens, [], False
+        width, seen, ends, committed = result.speculative_num_draft_tokens, [], False, None
         for i, req, start in rows:
             length, finished, plan = len(req.output_ids), req.finished(), req.idlm_plan
             tokens = max((length if req.finished_len is None else min(req.finished_len, length)) - start, 0)
@@ -187,6 +187,11 @@ class IsdMetrics:
             # A draft that was doubted counts as one that fell: tokens per round are expected of drafts as they were drawn.
             doubted = result.doubted is not None and result.doubted[i]
             seen.append((count + doubted, run, kind == SALVAGE))
+            if result.doubted is not None and kind != SALVAGE:
+                record_of(req).add(count + doubted, run)
+            if stats is not None and plan.mode == STRIDED and plan.stride is None:
+                before = (0, 0) if committed is None else committed[1:]
+                committed = limits[i] + 1, before[0] + tokens, before[1] + 1
             if plan.trace:
                 trace_of(req).add(start, tokens, kind, count, run)
             if plan.reason != SELFCHECK:
@@ -197,7 +202,7 @@ class IsdMetrics:
         if self._series is not None and (ends or totals.forwards % _PUBLISH_EVERY == 0):
             self._publish()
         if self.on_step is not None:
-            self.on_step(seen)
+            self.on_step(seen, committed)
         if stats is not None and not self._warned:
             self._warn_when_nothing_is_accepted(seen)
 

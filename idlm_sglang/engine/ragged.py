@@ -45,9 +45,10 @@ def trimmed(carried: Carried, rows: BatchRows, lengths: list[int], salvage: str)
         carried: with ``sure``, behind the walks over grammars. lengths: host list, tokens with KV of each request.
     """
     drafts, sure = carried.drafts.tolist(), carried.sure.tolist()
-    heads = zip(carried.counts.tolist(), carried.clean.tolist(), rows.ends, lengths, rows.stops, rows.limits_host)
+    heads = zip(carried.counts.tolist(), carried.clean.tolist(), rows.ends, lengths, rows.stops, rows.limits_host, rows.records)
     found = [
-        trim(drafts[i][:count], clean, sure[i], stops, end - length - 1, limit, salvage) for i, (count, clean, end, length, stops, limit) in enumerate(heads)
+        trim(drafts[i][:count], clean, sure[i], stops, end - length - 1, limit, salvage, record.stands)
+        for i, (count, clean, end, length, stops, limit, record) in enumerate(heads)
     ]
     counts = torch.tensor([one.drafts for one in found], dtype=torch.int64)
     return replace(carried, counts=counts, clean=torch.minimum(carried.clean, counts)), found

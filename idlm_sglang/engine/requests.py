@@ -10,6 +10,7 @@ from idlm_sglang.config import MAX_STRIDE, Settings
 from idlm_sglang.engine.penalties import penalised_rows
 from idlm_sglang.engine.transfer import on_device
 from idlm_sglang.isd.target import SamplingRows, host_flags
+from idlm_sglang.isd.trim import Record
 
 STRIDE_PARAM = "idlm_stride"
 # Marks a repetition by the self-check: it is no service to a client.
@@ -92,6 +93,14 @@ def stop_tokens(req) -> frozenset[int]:
     return found
 
 
+def record_of(req) -> Record:
+    """How the drafts of a request stood; it outlives a retraction."""
+    found = getattr(req, "idlm_record", None)
+    if found is None:
+        found = req.idlm_record = Record()
+    return found
+
+
 class BatchRows:
     """Per-request constants of one decode batch, built on the host and copied to the device once.
 
@@ -135,6 +144,11 @@ class BatchRows:
         forbid the end."""
         looks = [req.grammar is None and (coupled or req.sampling_params.top_k <= 1) for req, coupled in self._coupled]
         return [stop_tokens(req) if look else frozenset() for (req, _), look in zip(self._coupled, looks)]
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """How each request's drafts stood, kept up to date (``IsdMetrics.end``)."""
+        return [record_of(req) for req, _ in self._coupled]
 
     @cached_property
     def ends(self) -> list[int]:

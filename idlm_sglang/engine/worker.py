@@ -207,7 +207,7 @@ class IsdWorker(BaseSpecWorker):
         result, self._done = self._done, None
         chosen = control is not None and self.auto and rows.follows
         if control is not None and not chosen:
-            control.other(decodes=True)
+            control.other()
         if result is not None:
             self.strides.mixed()
         else:

@@ -12,7 +12,7 @@ from idlm_sglang.isd.layout import OFF, forks, row_offsets, step_tokens, visible
 from idlm_sglang.isd.step import isd_step
 from idlm_sglang.isd.tables import StepTables
 from idlm_sglang.isd.target import SamplingRows, host_flags
-from idlm_sglang.isd.trim import trim
+from idlm_sglang.isd.trim import Record, trim
 
 
 @dataclass
@@ -118,13 +118,13 @@ def decode(
     log_q, q = torch.zeros(1, k), torch.zeros(1, k, vocab)
     limit, tables = torch.tensor([k]), StepTables(k, "cpu")
     by_rejection = rows.any_sampled and not bool(rows.coupled)
-    sure, masks, left_out = torch.zeros(1, k), None, 0
+    sure, masks, left_out, record = torch.zeros(1, k), None, 0, Record()
 
     while len(out.tokens) < max_tokens and out.tokens[-1] not in stop_ids:
         pending = torch.tensor([out.tokens[-1]])
         if trims:
             stops, left = frozenset() if by_rejection else stop_ids, max_tokens - len(out.tokens)
-            worth = trim(drafts[0, : int(counts)].tolist(), int(clean), sure[0].tolist(), stops, left, k, salvage)
+            worth = trim(drafts[0, : int(counts)].tolist(), int(clean), sure[0].tolist(), stops, left, k, salvage, record.stands)
             counts, masks = torch.tensor([worth.drafts]), torch.tensor([worth.masks])
             clean, left_out = torch.minimum(clean, counts), 2 * k + 1 - len(worth)
         step = step_tokens(pending, drafts, counts, mask_id)
@@ -134,6 +134,8 @@ def decode(
         out.rows += step.shape[1] - left_out
         valid, accepted = int(counts), int(result.accept_lens) - 1
         linear = bool(clean == counts)
+        if trims and linear:
+            record.add(valid + worth.doubted, accepted)
         for position in range(valid):
             (out.proposed if linear else out.salvage_proposed)[position] += 1
             (out.accepted if linear else out.salvage_accepted)[position] += position < accepted

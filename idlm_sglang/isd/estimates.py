@@ -1,6 +1,6 @@
 """What a stride is chosen from: how long a decode step takes, how many drafts are accepted and what rounds commit, all learned in service.
 
-Neither knows a clock or SGLang: observations come in, estimates go out, and equal observations give equal estimates.
+None of them knows a clock or SGLang: observations come in, estimates go out, and equal observations give equal estimates.
 """
 
 import math
@@ -16,7 +16,7 @@ _FAMILIAR = 3.0
 _WINDOW = 400.0
 _PRIOR_TRIES = 4.0
 _EDGE = 1e-3
-_ROUNDS_UNKNOWN, _ROUNDS, _TRUSTED = 64.0, 1024.0, 0.07
+_ROUNDS_UNKNOWN, _ROUNDS, _TRUSTED, _RETURN = 64.0, 1024.0, 0.03, 1e-3
 
 
 class StepTimes:
@@ -171,8 +171,8 @@ class Yields:
 
     What is expected takes all requests for alike (:func:`~idlm_sglang.isd.stride.tokens_per_round`). Where some are easy to draft for and others are not,
     the easy ones' long runs raise what is known of far positions, and the hard ones, which have most of the rounds, never reach them: at wide strides
-    too much is expected. A small difference is taken for noise. What rounds commit is seen only at the stride in use; others follow its moves in part,
-    narrower ones the less the narrower.
+    too much is expected. A small difference is taken for noise. What rounds commit is seen only at the stride in use. Others follow its moves in part,
+    narrower ones the less the narrower, once it is known; and what they were seen to commit is forgotten, slowly: they come to be taken for like it.
     """
 
     def __init__(self, strides: Sequence[int]):
@@ -188,9 +188,17 @@ class Yields:
         """``rounds`` at ``stride`` committed so many times what was expected of them, without the factor; > 0."""
         if stride not in self._moved or rounds <= 0:
             return
-        step = (math.log(over_expected) - self._moved[stride]) * rounds / (_ROUNDS_UNKNOWN + self._seen[stride] + rounds)
-        self._seen[stride] = min(self._seen[stride] + rounds, _ROUNDS)
+        seen = self._seen[stride]
+        # The mean of the factor, not that of its logarithm: few rounds waver, and would be taken for fewer tokens than they are.
+        off = over_expected / math.exp(self._moved[stride]) - 1
+        step = math.log1p(off * rounds / (_ROUNDS_UNKNOWN + seen + rounds))
+        self._seen[stride] = min(seen + rounds, _ROUNDS)
+        self._moved[stride] += step
         for other in self._moved:
-            self._moved[other] += step if other == stride else _TRANSFER * min((other - 1) / (stride - 1), 1.0) * step
-            if other != stride:
-                self._seen[other] *= _FORGOTTEN
+            if other == stride:
+                continue
+            share = min((other - 1) / (stride - 1), 1.0)
+            if seen >= _ROUNDS_UNKNOWN or self._seen[other] < 1:
+                self._moved[other] += _TRANSFER * share * step
+            self._moved[other] += _RETURN * (share * self._moved[stride] - self._moved[other])
+            self._seen[other] *= _FORGOTTEN

@@ -194,8 +194,7 @@ class StrideController:
         self._lately_at = 0
         self._answered = (0.0, 0.0)
         self._yields = Yields(self.strides)
-        # The stride that the last tokens told of were committed at.
-        self._told_at: int | None = None
+        self._committed_at, self._committed = 0, (0, 0)
 
     @property
     def stride(self) -> int:
@@ -241,14 +240,22 @@ class StrideController:
         keep = 1 - min(answers / _ANSWERS, 1.0)
         self._answered = (self._answered[0] * keep + tokens, self._answered[1] * keep + answers)
 
-    def observe_tokens(self, tokens: int, rounds: int) -> None:
-        """The ``rounds`` of all requests since the last decision, all at the stride in use, committed ``tokens``."""
-        before, self._told_at = self._told_at, self.stride
-        # Behind a change the first rounds bring the drafts of another stride.
-        if before == self.stride and tokens > 0 and rounds > 0:
+    def observe_tokens(self, stride: int, tokens: int, rounds: int) -> None:
+        """The ``rounds`` of a step at ``stride`` committed ``tokens``. In the order of the steps; they may be late."""
+        if stride == self._committed_at:
+            self._committed = self._committed[0] + tokens, self._committed[1] + rounds
+        else:
+            # The first step of a stride brings the drafts of another.
+            self._look_at_tokens()
+            self._committed_at = stride
+
+    def _look_at_tokens(self) -> None:
+        """What the steps of a stride committed since the last look is one observation."""
+        (tokens, rounds), self._committed = self._committed, (0, 0)
+        if tokens > 0:
             linear, branch, length = self._known()
-            expected = in_answers(tokens_per_round(linear, branch, self.stride), length)
-            self._yields.observe(self.stride, rounds, tokens / rounds / expected)
+            expected = in_answers(tokens_per_round(linear, branch, self._committed_at), length)
+            self._yields.observe(self._committed_at, rounds, tokens / rounds / expected)
 
     def _known(self) -> tuple[list[float], list[float] | None, float]:
         """Acceptance of drafts and of survivors, and the length of answers."""
@@ -259,6 +266,7 @@ class StrideController:
     def decide(self, batch: int) -> int:
         """The stride for the next ``policy.interval`` decode steps of about ``batch`` requests."""
         policy = self.policy
+        self._look_at_tokens()
         linear, branch, length = self._known()
         choice = choose(self.times, linear, branch, batch, self.strides, self._settled, policy.hysteresis, length, self._yields)
         self.choice = choice

@@ -7,10 +7,12 @@ A step has up to ``2K + 1`` rows per request (:mod:`idlm_sglang.isd.layout`). A 
 - *behind the answer's length*: what can never be committed;
 - *behind doubt*: drafts that are hardly reached, all in front of them having to stand, and MASK rows behind drafts that hardly all stand.
   The MASK rows then propose again where the drafts were cut;
+- *beyond the record*: MASK rows whose drafts would hardly be reached, the request's drafts standing as they did of late (:class:`Record`);
 - padding behind a cold step, or a narrower one.
 
 None of this changes an answer where a request is greedy or uses the coupled rule, whose tokens are those of the target whatever was drafted. Under
-the rejection rule, which may not look at the value of a draft that is still to be tried, the caller leaves ``stops`` empty and ``sure`` at 0.
+the rejection rule, which may not look at the value of a draft that is still to be tried, the caller leaves ``stops`` empty and ``sure`` at 0; the record
+is of drafts that have been tried.
 """
 
 import math
@@ -20,11 +22,36 @@ from dataclasses import dataclass
 from idlm_sglang.isd.layout import BRANCH
 
 # A draft is verified where it is reached and stands with this probability at least, as the rows that drew the drafts saw it. A MASK row is
-# laid out where what it proposes is reached with the second, each MASK in front of it counting as a draft that stands with the third. Simulated
+# laid out where what it proposes is reached with the second, each MASK in front of it counting as a draft that stands as the record says. Simulated
 # on the embedded checkpoint at strides 8, 12 and 16 (docs/serving.md): the optimum is flat, and hardly moves with what a row costs.
 LEAST_DRAFT = math.log(0.1)
 LEAST_MASK = math.log(0.2)
-_MASK_STANDS = math.log(0.97)
+# How drafts stand before any was tried, and at most; the tries that this is worth; and what a round's count for when another follows.
+_STANDS, _WORTH, _KEPT = 0.97, 6.0, 0.85
+
+
+@dataclass(slots=True)
+class Record:
+    """How a request's drafts from MASK rows stood of late, when they were tried.
+
+    Attributes:
+        tried, stood: counts that fade with every round.
+    """
+
+    tried: float = 0.0
+    stood: float = 0.0
+
+    def add(self, count: int, run: int) -> None:
+        """A round with ``count`` drafts, no survivors, accepted ``run`` of them; without drafts it says nothing."""
+        if count == 0:
+            return
+        self.tried = self.tried * _KEPT + min(count, run + 1)
+        self.stood = self.stood * _KEPT + run
+
+    @property
+    def stands(self) -> float:
+        """Log of the probability that a draft stands where those in front of it do; below 0."""
+        return math.log(min((self.stood + _STANDS * _WORTH) / (self.tried + _WORTH), _STANDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +71,7 @@ class Rows:
         return 1 + self.drafts + self.masks
 
 
-def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collection[int], left: int, k: int, salvage: str) -> Rows:
+def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collection[int], left: int, k: int, salvage: str, stands: float) -> Rows:
     """The rows of one request.
 
     Args:
@@ -54,6 +81,7 @@ def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collec
         left: tokens that the request may still commit.
         k: the most drafts that it may carry next, at most K.
         salvage: ``branch``, ``chain`` or ``off``.
+        stands: :attr:`Record.stands`.
     """
     reached = seen = 0.0
     kept, doubted, stopped = 0, False, False
@@ -72,5 +100,7 @@ def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collec
     fork = min(clean, kept) if salvage == BRANCH else kept
     if stopped and fork == kept:
         return Rows(kept, 0, doubted)
-    masks = min(k, left - 2 - fork, int((LEAST_MASK - seen) / _MASK_STANDS))
+    # One at least where its draft may be reached: a round without any is followed by a cold one.
+    worth = max(int((LEAST_MASK - seen) / stands), int(seen > LEAST_MASK))
+    masks = min(k, left - 2 - fork, worth)
     return Rows(kept, max(masks, 0), doubted)

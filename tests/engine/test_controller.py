@@ -4,14 +4,19 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from idlm_sglang.compat import reserve as compat_reserve
 from idlm_sglang.config import Settings
 from idlm_sglang.engine.calibrate import batch_sizes, more_runs
 from idlm_sglang.engine.clock import StepClock
+from idlm_sglang.engine.controller import StrideControl
+from idlm_sglang.engine.metrics import IsdMetrics, Totals
 from idlm_sglang.engine.requests import SINGLE, STRIDED, RequestPlan, stride_limit
+from idlm_sglang.engine.spec_io import IsdResult
 from idlm_sglang.engine.worker import IsdWorker
+from idlm_sglang.isd.stride import StepTimes, tokens_per_round
 
 
 class Time:
@@ -122,3 +127,64 @@ def test_a_chosen_stride_fits_a_batch_that_grew_since_and_a_forced_one_is_kept()
 def test_step_times_are_measured_from_one_request_to_as_many_as_run():
     assert more_runs(5.0, 0.002, 6) == 3 and more_runs(5.0, 0.4, 6) == 2 and more_runs(4.0, 1.0, 6) == 0 and more_runs(-2.0, 0.1, 1) == 0
     assert batch_sizes(64) == [1, 4, 16, 64] and batch_sizes(24) == [1, 4, 16, 24] and batch_sizes(1) == [1]
+
+
+def control():
+    times = StepTimes({(b, n): 1 + 0.1 * n for b in (1, 16) for n in (1, 2, 4, 8)})
+    made = StrideControl(times, (1, 2, 4, 8), True, SimpleNamespace(world_size=1), Totals.none(7), False)
+    told = []
+    made._controller._yields.observe = lambda *window: told.append(window)
+    return made, told
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_what_rounds_committed_is_told_with_their_own_stride(late):
+    """Results reach the host some steps late; the first step of a stride brings the drafts of another."""
+    made, told = control()
+    strides = [4] * 8 + [8] * 4 + [4] * 8
+    due = []
+    for stride in strides:
+        due.append((stride, 10 * stride, 2))
+        if len(due) > late:
+            made.rounds([], due.pop(0))
+        made.decide(2)
+    seen = {}
+    for stride, rounds, over_expected in told:
+        assert over_expected == pytest.approx(5 * stride / tokens_per_round([0.8], None, stride)), "tokens of one stride only"
+        seen[stride] = seen.get(stride, 0) + rounds
+    # Of eight, four and eight steps each time all but the first, as far as they have arrived.
+    assert seen == {4: 2 * (7 + 7 - late), 8: 2 * 3}
+
+
+def test_a_window_without_rounds_of_the_servers_stride_says_nothing():
+    made, told = control()
+    for _ in range(8):
+        made.rounds([(3, 1, False)], None)
+        made.decide(2)
+    assert not told
+
+
+def test_only_requests_at_the_servers_stride_say_what_its_rounds_commit():
+    """Beside them a request with a stride of its own, one that takes one token per step, and one that had ended."""
+    metrics, heard = IsdMetrics(7, None, {}, None), []
+    metrics.on_step = lambda *step: heard.append(step)
+
+    def request(mode, stride, ended=False):
+        plan = RequestPlan(0, mode, "default", stride, 0, True)
+        return SimpleNamespace(output_ids=[0], idlm_plan=plan, finished=lambda: ended, is_retracted=False, finished_len=None)
+
+    reqs = [request(STRIDED, None), request(STRIDED, 8), request(SINGLE, None), request(STRIDED, None), request(STRIDED, None, True)]
+    stats = torch.tensor([[3, 2, 0, 3], [7, 6, 0, 7], [0, 0, 0, 0], [3, 0, 0, 0], [3, 3, 0, 3]], dtype=torch.float32)
+    result = IsdResult(round_stats=stats, limits=[3, 7, 0, 3, 3], speculative_num_draft_tokens=8)
+    metrics.begin(SimpleNamespace(reqs=reqs), result)
+    for req, run in zip(reqs, (2, 6, 0, 0, 0)):
+        req.output_ids += [1] * (run + 1)
+    metrics.end()
+    (seen, committed), = heard
+    assert committed == (4, 4, 2) and len(seen) == 4
+    assert all(not hasattr(req, "idlm_record") for req in reqs), "rows were not trimmed"
+    result.doubted = [False, False, False, False, False]
+    metrics.begin(SimpleNamespace(reqs=reqs), result)
+    metrics.end()
+    records = [getattr(req, "idlm_record", None) for req in reqs]
+    assert [(r.tried, r.stood) for r in records[:3]] == [(3, 2), (7, 6), (0, 0)] and records[3:] == [None, None], "survivors say nothing of drafts"

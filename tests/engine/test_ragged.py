@@ -14,6 +14,7 @@ from idlm_sglang.engine.requests import STRIDED, BatchRows, RequestPlan, stop_to
 from idlm_sglang.engine.state import Carried
 from idlm_sglang.isd import BRANCH
 from idlm_sglang.isd.layout import mask_rows
+from idlm_sglang.isd.trim import Record
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_a_steps_drafts_are_trimmed_by_stop_doubt_and_length():
     sure = torch.zeros(4, k)
     sure[1, 1] = -9.0
     carried = Carried(drafts, torch.tensor([3, 3, 3, 2]), torch.zeros(4, k), None, torch.tensor([3, 3, 0, 2]), sure)
-    rows = SimpleNamespace(ends=[100, 100, 13, 100], stops=[{2}] * 4, limits_host=[3, 3, 3, 2])
+    rows = SimpleNamespace(ends=[100, 100, 13, 100], stops=[{2}] * 4, limits_host=[3, 3, 3, 2], records=[Record()] * 4)
     kept, found = trimmed(carried, rows, [10] * 4, BRANCH)
     assert kept.counts.tolist() == [2, 1, 1, 2] and kept.clean.tolist() == [2, 1, 0, 2]
     assert [one.masks for one in found] == [0, 3, 0, 2] and [one.doubted for one in found] == [False, True, False, False]

@@ -175,8 +175,8 @@ def test_what_rounds_commit_corrects_what_is_expected_the_most_where_it_was_seen
     for _ in range(200):
         yields.observe(8, 16, 0.5)
     found = {n: yields.of(n) for n in ladder(16)}
-    # 7 % are taken for noise.
-    assert found[1] == 1 and found[8] == pytest.approx(0.5 * math.exp(0.07), rel=0.02)
+    # 3 % are taken for noise.
+    assert found[1] == 1 and found[8] == pytest.approx(0.5 * math.exp(0.03), rel=0.02)
     # The error grows with the stride: a narrow one hardly follows, a wider one does in part.
     assert 0.9 < found[2] <= 1 and found[2] > found[4] > found[6] > found[12] == found[16] > found[8]
     few = Yields(ladder(16))
@@ -187,6 +187,45 @@ def test_what_rounds_commit_corrects_what_is_expected_the_most_where_it_was_seen
     assert few.of(1) == few.of(8) == 1
 
 
+@pytest.mark.parametrize("stride", [4, 8, 16])
+def test_few_rounds_at_a_time_waver_and_are_not_taken_for_fewer_tokens(stride):
+    """A single request, of which exactly what the chain says is true."""
+    flat = StepTimes({(b, n): 1.0 for b in (1, 16) for n in ladder(16)})
+    world, yields = World(flat, [0.9], 1, seed=3), Yields(ladder(16))
+    factors = []
+    for window in range(4000):
+        told = world.tokens
+        for _ in range(4):
+            world.step(stride)
+        yields.observe(stride, 4, (world.tokens - told) / 4 / tokens_per_round([0.9], None, stride))
+        factors.append(yields.of(stride))
+    mean = sum(factors[500:]) / len(factors[500:])
+    print(f"stride {stride}: {mean:.3f}")
+    assert mean == pytest.approx(1, abs=0.015)
+
+
+def test_a_trial_does_not_move_what_is_known_of_the_stride_in_use():
+    yields = Yields(ladder(16))
+    for _ in range(50):
+        yields.observe(8, 256, 1.0)
+    yields.observe(16, 256, 0.5)
+    assert yields.of(16) < 0.7 and yields.of(8) == 1
+
+
+def test_what_was_seen_of_a_stride_not_in_use_is_forgotten():
+    """Hard requests all day, and an easy one at night: the wide stride comes to be taken for like the one in use."""
+    yields = Yields(ladder(16))
+    for _ in range(50):
+        yields.observe(16, 64, 0.3)
+    before = yields.of(16)
+    for _ in range(50):
+        yields.observe(4, 4, 1.0)
+    assert before < 0.33 and yields.of(16) < 0.36, "not at once"
+    for _ in range(5000):
+        yields.observe(4, 4, 1.0)
+    assert yields.of(16) == 1
+
+
 def test_the_choice_heeds_what_rounds_commit_within_what_a_round_can():
     times, yields = linear_times(0.0), Yields(STRIDES)
     plain = choose(times, [0.9], None, 1, STRIDES)
@@ -195,7 +234,7 @@ def test_the_choice_heeds_what_rounds_commit_within_what_a_round_can():
     for _ in range(200):
         yields.observe(8, 64, 0.3)
     short = choose(times, [0.9], None, 1, STRIDES, yields=yields)
-    assert short.stride < 8 and short.tokens[8] == pytest.approx(0.3 * math.exp(0.07) * plain.tokens[8], rel=0.02)
+    assert short.stride < 8 and short.tokens[8] == pytest.approx(0.3 * math.exp(0.03) * plain.tokens[8], rel=0.02)
     for _ in range(400):
         yields.observe(8, 64, 100.0)
     assert choose(times, [0.9], None, 1, STRIDES, yields=yields).tokens == {n: n for n in STRIDES}
@@ -227,15 +266,14 @@ class World:
 
 def serve(controller, world, steps):
     """Let the controller decide; the strides used, step by step."""
-    used, told = [], world.tokens
+    used = []
     for step in range(steps):
         if step % controller.policy.interval == 0:
-            if step:
-                controller.observe_tokens(world.tokens - told, controller.policy.interval * world.batch)
-            told = world.tokens
             stride = controller.decide(world.batch)
+        before = world.tokens
         seconds, rounds = world.step(stride)
         controller.observe_step(world.batch, stride, seconds)
+        controller.observe_tokens(stride, world.tokens - before, len(rounds))
         for salvaged in (False, True):
             part = [(c, r) for c, r, s in rounds if s is salvaged]
             controller.observe_rounds([c for c, _ in part], [r for _, r in part], salvaged)
