@@ -132,6 +132,7 @@ class Policy:
         savings: the most that may be saved up: one trial of the widest stride where a step takes several times as long.
         patience: decisions after which a stride that is not in use is hoped to be twice as good as last known; one that
             was never used at about this batch size is at once.
+        doubt: a gain over stride 1 below which this stride is looked at eight times as often: it is close, and all others are measured by it.
         trial: decisions that one trial lasts.
     """
 
@@ -142,6 +143,7 @@ class Policy:
     credit: int = 16
     savings: int = 64
     patience: int = 2000
+    doubt: float = 1.3
     trial: int = 2
 
 
@@ -306,6 +308,8 @@ class StrideController:
             n: choice.expected[n] * self.times.seconds(batch, n) / self.times.hoped(batch, n) * (1 + age / policy.patience)
             for n, age in unseen.items()
         }
+        if 1 in hoped:
+            hoped[1] = max(hoped[1], min(1 + 8 * unseen[1] / policy.patience, policy.doubt))
         n = max(hoped, key=hoped.get, default=settled)
         if hoped.get(n, 0) <= choice.expected[settled]:
             return None

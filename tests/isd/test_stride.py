@@ -457,3 +457,21 @@ def test_easy_requests_among_hard_ones_do_not_widen_the_stride_of_all():
     print(f"best {best}, {true[best] / true[1]:.2f} of AR; {means[True]:.3f} of its rate, {means[False]:.3f} where rounds are not looked at")
     assert true[16] < true[1]
     assert means[True] > 0.88 and means[True] > means[False] + 0.04
+
+
+def test_a_small_gain_is_looked_into():
+    """Stride 1 became faster than it is thought to be, which only a look at it tells."""
+    assumed = {(b, n): t for b in (1, 16) for n, t in zip(STRIDES, (1.0, 1.35, 1.7, 2.0, 2.7, 3.4))}
+    true = {(b, n): t * (0.8 if n == 1 else 1) for (b, n), t in assumed.items()}
+
+    def steps_until_single(doubt):
+        world = World(StepTimes(assumed), [0.7], 16, noise=0.03)
+        controller = StrideController(StepTimes(assumed), STRIDES, policy=Policy(doubt=doubt))
+        assert 1 not in serve(controller, world, 1000)[-100:]
+        world.times = StepTimes(true)
+        used = serve(controller, world, 6000)
+        return next((i for i in range(len(used) - 20) if set(used[i : i + 20]) == {1}), len(used))
+
+    soon, late = steps_until_single(Policy.doubt), steps_until_single(0.0)
+    print(f"{soon} steps, {late} without doubt")
+    assert soon < 1200 and soon < late / 2
