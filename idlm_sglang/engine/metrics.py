@@ -187,11 +187,12 @@ class IsdMetrics:
             # A draft that was doubted counts as one that fell: tokens per round are expected of drafts as they were drawn.
             doubted = result.doubted is not None and result.doubted[i]
             seen.append((count + doubted, run, kind == SALVAGE))
-            if result.doubted is not None and kind != SALVAGE:
+            # What a grammar forces stands, and says nothing of MASK rows.
+            if result.doubted is not None and kind != SALVAGE and req.grammar is None:
                 record_of(req).add(count + doubted, run)
-            if stats is not None and plan.mode == STRIDED and plan.stride is None:
+            if plan.mode == STRIDED and plan.stride is None:
                 before = (0, 0) if committed is None else committed[1:]
-                committed = limits[i] + 1, before[0] + tokens, before[1] + 1
+                committed = 1 if stats is None else limits[i] + 1, before[0] + tokens, before[1] + 1
             if plan.trace:
                 trace_of(req).add(start, tokens, kind, count, run)
             if plan.reason != SELFCHECK:

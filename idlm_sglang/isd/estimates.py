@@ -186,19 +186,21 @@ class Yields:
 
     def observe(self, stride: int, rounds: int, over_expected: float) -> None:
         """``rounds`` at ``stride`` committed so many times what was expected of them, without the factor; > 0."""
-        if stride not in self._moved or rounds <= 0:
+        if rounds <= 0 or (stride > 1 and stride not in self._moved):
             return
-        seen = self._seen[stride]
-        # The mean of the factor, not that of its logarithm: few rounds waver, and would be taken for fewer tokens than they are.
-        off = over_expected / math.exp(self._moved[stride]) - 1
-        step = math.log1p(off * rounds / (_ROUNDS_UNKNOWN + seen + rounds))
-        self._seen[stride] = min(seen + rounds, _ROUNDS)
-        self._moved[stride] += step
+        step = moved = seen = 0.0
+        if stride > 1:
+            seen = self._seen[stride]
+            # The mean of the factor, not that of its logarithm: few rounds waver, and would be taken for fewer tokens than they are.
+            off = over_expected / math.exp(self._moved[stride]) - 1
+            step = math.log1p(off * rounds / (_ROUNDS_UNKNOWN + seen + rounds))
+            self._seen[stride] = min(seen + rounds, _ROUNDS)
+            self._moved[stride] = moved = self._moved[stride] + step
         for other in self._moved:
             if other == stride:
                 continue
-            share = min((other - 1) / (stride - 1), 1.0)
+            share = min((other - 1) / max(stride - 1, 1), 1.0)
             if seen >= _ROUNDS_UNKNOWN or self._seen[other] < 1:
                 self._moved[other] += _TRANSFER * share * step
-            self._moved[other] += _RETURN * (share * self._moved[stride] - self._moved[other])
+            self._moved[other] += _RETURN * (share * moved - self._moved[other])
             self._seen[other] *= _FORGOTTEN

@@ -151,6 +151,7 @@ _URGENT = 1.25
 _OTHER_BATCH = 1.5
 # Answers that their mean length is taken over.
 _ANSWERS = 64
+_MANY_ROUNDS = 1024
 
 
 @dataclass
@@ -246,6 +247,9 @@ class StrideController:
         """The ``rounds`` of a step at ``stride`` committed ``tokens``. In the order of the steps; they may be late."""
         if stride == self._committed_at:
             self._committed = self._committed[0] + tokens, self._committed[1] + rounds
+            # At a stride that was forced nobody decides.
+            if self._committed[1] >= _MANY_ROUNDS:
+                self._look_at_tokens()
         else:
             # The first step of a stride brings the drafts of another.
             self._look_at_tokens()
@@ -299,7 +303,11 @@ class StrideController:
         """The trial is over: what it lost against the settled stride is taken from what was saved."""
         trial, self._trial = self._trial, None
         worth = choice.expected[trial.stride] / choice.expected[self._settled]
-        self._saved -= trial.seconds * max(0.0, 1 - worth)
+        self._saved -= trial.seconds * max(0.0, 1 - worth) + self._way_back(choice, trial.stride)
+
+    def _way_back(self, choice: Choice, stride: int) -> float:
+        """Seconds that the settled stride loses behind a trial of ``stride``: from 1 its first step is a cold one."""
+        return choice.seconds[self._settled] * (1 - 1 / choice.tokens[self._settled]) if stride == 1 else 0.0
 
     def _worth_trying(self, choice: Choice, batch: int, bucket: int) -> _Trial | None:
         policy, settled, now = self.policy, self._settled, self._decisions[bucket]
@@ -315,6 +323,6 @@ class StrideController:
             return None
         seconds = policy.interval * policy.trial * self.times.seconds(batch, n)
         least = self.times.seconds(batch, 1) / self.times.seconds(batch, n) / choice.expected[settled]
-        if seconds * (1 - least) > (self._saved or 0):
+        if seconds * (1 - least) + self._way_back(choice, n) > (self._saved or 0):
             return None
         return _Trial(n, policy.trial)

@@ -11,8 +11,8 @@ A step has up to ``2K + 1`` rows per request (:mod:`idlm_sglang.isd.layout`). A 
 - padding behind a cold step, or a narrower one.
 
 None of this changes an answer where a request is greedy or uses the coupled rule, whose tokens are those of the target whatever was drafted. Under
-the rejection rule, which may not look at the value of a draft that is still to be tried, the caller leaves ``stops`` empty and ``sure`` at 0; the record
-is of drafts that have been tried.
+the rejection rule, which may not look at the value of a draft that is still to be tried, the caller leaves ``stops`` empty and ``sure`` at 0; a record
+counts drafts that have been tried, and knows no values.
 """
 
 import math
@@ -81,7 +81,7 @@ def trim(drafts: Sequence[int], clean: int, sure: Sequence[float], stops: Collec
         left: tokens that the request may still commit.
         k: the most drafts that it may carry next, at most K.
         salvage: ``branch``, ``chain`` or ``off``.
-        stands: :attr:`Record.stands`.
+        stands: :attr:`Record.stands`. Where ``sure`` says nothing, the drafts in front of the MASK rows count as certain.
     """
     reached = seen = 0.0
     kept, doubted, stopped = 0, False, False

@@ -141,7 +141,7 @@ def control():
 def test_what_rounds_committed_is_told_with_their_own_stride(late):
     """Results reach the host some steps late; the first step of a stride brings the drafts of another."""
     made, told = control()
-    strides = [4] * 8 + [8] * 4 + [4] * 8
+    strides = [4] * 8 + [8] * 4 + [1] * 4 + [4] * 8
     due = []
     for stride in strides:
         due.append((stride, 10 * stride, 2))
@@ -152,8 +152,8 @@ def test_what_rounds_committed_is_told_with_their_own_stride(late):
     for stride, rounds, over_expected in told:
         assert over_expected == pytest.approx(5 * stride / tokens_per_round([0.8], None, stride)), "tokens of one stride only"
         seen[stride] = seen.get(stride, 0) + rounds
-    # Of eight, four and eight steps each time all but the first, as far as they have arrived.
-    assert seen == {4: 2 * (7 + 7 - late), 8: 2 * 3}
+    # Of each run of steps all but the first, as far as they have arrived.
+    assert seen == {4: 2 * (7 + 7 - late), 8: 2 * 3, 1: 2 * 3}
 
 
 def test_a_window_without_rounds_of_the_servers_stride_says_nothing():
@@ -169,9 +169,9 @@ def test_only_requests_at_the_servers_stride_say_what_its_rounds_commit():
     metrics, heard = IsdMetrics(7, None, {}, None), []
     metrics.on_step = lambda *step: heard.append(step)
 
-    def request(mode, stride, ended=False):
+    def request(mode, stride, ended=False, grammar=None):
         plan = RequestPlan(0, mode, "default", stride, 0, True)
-        return SimpleNamespace(output_ids=[0], idlm_plan=plan, finished=lambda: ended, is_retracted=False, finished_len=None)
+        return SimpleNamespace(output_ids=[0], idlm_plan=plan, finished=lambda: ended, is_retracted=False, finished_len=None, grammar=grammar)
 
     reqs = [request(STRIDED, None), request(STRIDED, 8), request(SINGLE, None), request(STRIDED, None), request(STRIDED, None, True)]
     stats = torch.tensor([[3, 2, 0, 3], [7, 6, 0, 7], [0, 0, 0, 0], [3, 0, 0, 0], [3, 3, 0, 3]], dtype=torch.float32)
@@ -188,3 +188,10 @@ def test_only_requests_at_the_servers_stride_say_what_its_rounds_commit():
     metrics.end()
     records = [getattr(req, "idlm_record", None) for req in reqs]
     assert [(r.tried, r.stood) for r in records[:3]] == [(3, 2), (7, 6), (0, 0)] and records[3:] == [None, None], "survivors say nothing of drafts"
+    reqs[0].grammar, before = object(), records[0].tried
+    single = IsdResult(speculative_num_draft_tokens=1)
+    for step in (result, single):
+        metrics.begin(SimpleNamespace(reqs=reqs), step)
+        metrics.end()
+    assert records[0].tried == before, "what a grammar forces stands"
+    assert heard[-1][1][0] == 1 and heard[-1][1][2] == 2, "steps at stride 1 are told, too: drafts end there"

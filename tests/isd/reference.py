@@ -164,6 +164,7 @@ def emit(
     limits: Callable[[int, int], torch.Tensor] | None = None,
     survivors: Callable[[StepOutcome], torch.Tensor] | None = None,
     salvage: str = DROPPED,
+    masks: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Emitted:
     """Run ISD on the model's prompt for every request of ``rows`` until each has ``length`` tokens.
 
@@ -172,6 +173,8 @@ def emit(
         limits: ``(batch, k)`` to the ``(B,)`` limits of a step; k everywhere without it.
         survivors: outcome of a step to the number of drafts kept from it; all without it.
         salvage: what a rejection leaves.
+        masks: drafts of a step ``(B, K)``, how many of them are valid ``(B,)``, and how many the step before accepted ``(B,)``, to the ``(B,)`` MASK
+            rows of each request; K without it.
     """
     batch = len(rows.seed)
     prompt = torch.tensor(model.prompt).repeat(batch, 1)
@@ -188,7 +191,7 @@ def emit(
     out = torch.cat([first.last[:, None], torch.zeros(batch, length, dtype=torch.int64)], dim=1)
     filled = torch.ones_like(zero)
     forwards, salvaged = torch.zeros_like(zero), torch.zeros_like(zero)
-    pending, proposal, counts = first.last, first.proposal, zero
+    pending, proposal, counts, run = first.last, first.proposal, zero, zero
     for stride in repeat(strides) if isinstance(strides, int) else strides:
         if int(filled.min()) >= length:
             break
@@ -201,7 +204,8 @@ def emit(
         sequence = torch.cat([window, step_tokens(pending, drafts, counts, model.mask)], dim=1)
         bounds = torch.full((batch,), k) if limits is None else limits(batch, k)
         logits = model.step_logits(window, pending, drafts, counts, forks)
-        result = isd_step(logits, drafts, counts, log_q, q, bounds, seq_lens, rows, forks, salvage != DROPPED)
+        left = None if masks is None else masks(drafts, counts, run)
+        result = isd_step(logits, drafts, counts, log_q, q, bounds, seq_lens, rows, forks, salvage != DROPPED, masks=left)
         salvaged += (result.accept_lens - 1) * (clean < counts) * (filled < length)
         column = torch.arange(stride)
         place = filled[:, None] + column
@@ -209,6 +213,7 @@ def emit(
         out.scatter_(1, place, result.tokens)
         filled = filled + result.accept_lens
         seq_lens = seq_lens + result.accept_lens
+        run = result.accept_lens.to(torch.int64) - 1
         window = sequence.gather(1, result.accept_lens[:, None] + torch.arange(model.order - 1))
         pending, proposal = result.last, result.proposal
         counts = proposal.counts if survivors is None else survivors(result)

@@ -8,7 +8,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from idlm_sglang.isd import noise, propose, step, verify
+from idlm_sglang.isd import BRANCH, CHAIN, OFF, noise, propose, step, verify
 from tests.isd.reference import GREEDY, Params, Tabular, emit, sampling_rows, worst_p
 
 ROWS = 100_000
@@ -105,6 +105,14 @@ def test_dropping_drafts_by_their_q_alone_keeps_the_distribution():
     """A confidence limit may look at q as a whole: here drafts are kept while max q > 0.6."""
     sure = lambda result: result.proposal.counts * verify.leading(result.proposal.q.amax(-1) > 0.6).clamp(max=1)
     assert check("dropped by max q", Tabular(3, seed=3), REJECTION, 5, 3, seed=10, survivors=sure) > EXACT
+
+
+@pytest.mark.parametrize("salvage", [OFF, BRANCH, CHAIN])
+def test_mask_rows_left_out_by_what_was_accepted_before_keep_the_distribution(salvage):
+    """As a request's record has it: few behind rounds whose drafts fell."""
+    model = Tabular(3, order=7, seed=5, context=0.3)
+    by_record = lambda drafts, counts, run: torch.minimum(run, torch.tensor(drafts.shape[1] - 1)) + 1
+    assert check(f"MASK rows by the round before, {salvage}", model, REJECTION, 6, 4, seed=13, salvage=salvage, masks=by_record) > EXACT
 
 
 def test_greedy_rejection_and_coupled_rows_in_one_batch():
@@ -256,6 +264,14 @@ def test_dropping_drafts_by_their_own_probability_is_noticed():
     model = Tabular(3, seed=1)
     assert check("dropped by q(x), rejection", model, REJECTION, 4, 3, seed=12, rows=FEW, survivors=sure) < BIASED
     assert check("dropped by q(x), coupled", model, COUPLED, 4, 3, seed=12, survivors=sure) > EXACT
+
+
+@pytest.mark.parametrize("salvage", [OFF, BRANCH, CHAIN])
+def test_mask_rows_left_out_by_drafts_to_be_tried_are_noticed(salvage):
+    """Also by those that were cut from what a step had drawn: their noise draws again."""
+    by_values = lambda drafts, counts, run: (drafts.sum(1) + counts) % (drafts.shape[1] + 1)
+    model = Tabular(3, order=7, seed=5, context=0.3)
+    assert check(f"MASK rows by values, {salvage}", model, REJECTION, 6, 4, seed=13, rows=FEW, salvage=salvage, masks=by_values) < BIASED
 
 
 def test_a_wrong_law_is_noticed():

@@ -1,5 +1,6 @@
 """The stride controller: the model of a round, the choice, and what the controller loses while it learns."""
 
+import copy
 import math
 import random
 
@@ -221,9 +222,11 @@ def test_what_was_seen_of_a_stride_not_in_use_is_forgotten():
     for _ in range(50):
         yields.observe(4, 4, 1.0)
     assert before < 0.33 and yields.of(16) < 0.36, "not at once"
+    single = copy.deepcopy(yields)
     for _ in range(5000):
         yields.observe(4, 4, 1.0)
-    assert yields.of(16) == 1
+        single.observe(1, 4, 1.0)
+    assert yields.of(16) == single.of(16) == 1
 
 
 def test_the_choice_heeds_what_rounds_commit_within_what_a_round_can():
