@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Start the shared servers, one after the other, while the tests run that need none."""
+    """Start the shared servers while the tests run that need none."""
     fleet.of(session.config).plan(session.items)
     others = sum("tests/server" not in str(item.path) for item in session.items)
     if others >= _ENOUGH and not session.config.option.collectonly:
@@ -38,7 +38,7 @@ def pytest_collection_finish(session):
 
 
 def pytest_runtest_setup(item):
-    """Behind the tests of the shared servers the others start one ahead of their tests."""
+    """Behind the tests of the shared servers the others start ahead of their tests."""
     if fleet.asked_for(item) - {*_SHARED}:
         fleet.of(item.config).go_on(item)
 

@@ -16,6 +16,7 @@ import requests
 from idlm_sglang.demo import CHECKPOINT_DIR, corpus
 from idlm_sglang.serving.ports import free_port
 
+ROOT = Path(__file__).parents[2]
 CHECKPOINT = str(CHECKPOINT_DIR)
 START_SECONDS = 240
 
@@ -46,7 +47,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = logs / f"{name}.log"
-        self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--dtype", dtype]
+        self.command = [sys.executable, "-m", "tests.server.launch", "--model-path", model, "--dtype", dtype]
         # Idle schedulers would otherwise spin on the two cores the servers share.
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--sleep-on-idle", *flags]
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", "IDLM_SELFCHECK": "0", "IDLM_CPU_OVERLAP": "1"}
@@ -54,6 +55,7 @@ class Server:
             # Fixed, so that a test knows its rows; those of the controller ask for it.
             self.env["IDLM_STRIDE"] = "4"
         self.env.update(env or {})
+        self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [self.env.get("PYTHONPATH"), str(ROOT)]))
         self.process, self.ended = None, False
 
     def __enter__(self):
