@@ -30,7 +30,8 @@ def test_every_patch_says_what_why_guard_and_when_it_goes():
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    """In a process that collects no garbage while it imports SGLang: a quarter of the time."""
+    return subprocess.run([sys.executable, "-c", f"import gc; gc.disable()\n{code}"], capture_output=True, text=True, timeout=300)
 
 
 def test_all_patches_take_in_a_fresh_process_and_registering_again_is_harmless():

@@ -7,7 +7,7 @@ import pytest
 from idlm_sglang.demo import RISD_ADAPTER_DIR, RISD_BASE_DIR
 from tests.server import fleet
 from tests.server.fleet import server_fixture
-from tests.server.harness import CHECKPOINT, Server
+from tests.server.harness import CHECKPOINT, IdlmServe, Server
 
 # What a server needs to be asked for everything a request can ask for.
 SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3", "--enable-response-store")
@@ -102,6 +102,29 @@ def isd_tight(logs):
     flags += ["--schedule-conservativeness", "0.05"]
     env = {"IDLM_STRIDE": "auto", "SGLANG_IS_IN_CI": "1", "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
     return Server("isd_tight", CHECKPOINT, logs, "--speculative-algorithm", "ISD", *flags, env=env)
+
+
+@server_fixture
+def small_1(logs):
+    """A context of 96 tokens, without a tokenizer: what it gets are token ids."""
+    return _small(logs, 1)
+
+
+@server_fixture
+def small_16(logs):
+    """The same with pages of 16; streams carry increments."""
+    return _small(logs, 16, "--incremental-streaming-output")
+
+
+def _small(logs, page: int, *flags: str) -> Server:
+    flags = ["--context-length", "96", "--page-size", str(page), "--speculative-algorithm", "ISD", "--skip-tokenizer-init", *flags]
+    return Server(f"small_{page}", CHECKPOINT, logs, *flags, env={"IDLM_STRIDE": "16"})
+
+
+@server_fixture
+def idlm_serve(logs):
+    """What ``idlm serve`` starts, with a key. Its last test ends it."""
+    return IdlmServe("idlm_serve", logs)
 
 
 @server_fixture

@@ -1,45 +1,12 @@
 """The real ``openai`` client against the server that ``idlm serve`` starts."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
-import requests
-from openai import BadRequestError, OpenAI
-
-from idlm_sglang.serving.ports import free_port
-from tests.server.harness import START_SECONDS
+from openai import AuthenticationError, BadRequestError, OpenAI
 
 
 @pytest.fixture(scope="module")
-def served(logs):
-    port = free_port()
-    log = (logs / "idlm_serve.log").open("wb")
-    command = [sys.executable, "-m", "idlm_sglang.serving.cli", "serve", "--port", str(port), "--sleep-on-idle"]
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if requests.get(url + "/health_generate", timeout=10).ok:
-                    break
-            except requests.RequestException:
-                time.sleep(0.5)
-        else:
-            raise RuntimeError((logs / "idlm_serve.log").read_text(errors="replace")[-3000:])
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    return OpenAI(base_url=served + "/v1", api_key="none")
+def client(idlm_serve):
+    return OpenAI(base_url=idlm_serve.url + "/v1", api_key=idlm_serve.KEY)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +52,8 @@ def test_an_impossible_stride_is_a_bad_request_in_openai_shape(client, model):
             model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=4, extra_body={"custom_params": {"idlm_stride": 99}}
         )
     assert "idlm_stride" in str(refused.value)
+
+
+def test_another_key_is_refused(idlm_serve, model):
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=idlm_serve.url + "/v1", api_key="none").completions.create(model=model, prompt="river", max_tokens=1)

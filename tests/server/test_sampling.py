@@ -29,7 +29,7 @@ def draw(server, count, params, stride=None):
         calls.insert(place, neighbour)
     if stride is not None:
         calls = [{**c, "stride": stride} for c in calls]
-    answers = server.many(calls, 48)
+    answers = server.batches(calls)
     greedy = {a["text"] for c, a in zip(calls, answers) if c["temperature"] == 0}
     assert len(greedy) == 1, "a greedy neighbour changed its answer"
     return [tuple(ids(a)) for c, a in zip(calls, answers) if c["temperature"] > 0]

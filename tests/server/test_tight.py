@@ -9,6 +9,7 @@ import requests
 
 from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, Server, differing, prompts
+from tests.server.parity.cases import tokenizer
 
 
 def hang_up(server, prompt, after):
@@ -156,20 +157,12 @@ def a_prompt_in_chunks_beside_one_long_answer(ar, server):
     print(f"{found} times a long answer was retracted for a prompt's chunks")
 
 
-def _small(page: int):
-    """A context of 96 tokens."""
-    flags = ["--context-length", "96", "--page-size", str(page), "--speculative-algorithm", "ISD"]
-    return lambda logs: Server(f"small_{page}", CHECKPOINT, logs, *flags, env={"IDLM_STRIDE": "16"})
-
-
-small_1, small_16 = (server_fixture(_small(page), f"small_{page}") for page in (1, 16))
-
-
 @pytest.mark.parametrize("small", ["small_1", "small_16"])
 def test_wide_steps_in_a_small_context_stay_inside_the_request_table(ar, request, small):
     """W = 31 rows behind the last token of the context."""
     server = request.getfixturevalue(small)
-    calls = [{"prompt": p[:60], "temperature": 0, "ignore_eos": True, "max_new_tokens": 60} for p in prompts(40, seed=71)]
+    texts = [tokenizer().encode(p[:60]).ids for p in prompts(40, seed=71)]
+    calls = [{"prompt": p, "temperature": 0, "ignore_eos": True, "max_new_tokens": 60} for p in texts]
     got = server.many(calls, 16)
     want = ar.many([{**c, "max_new_tokens": a["meta_info"]["completion_tokens"]} for c, a in zip(calls, got)], 16)
     assert [a["output_ids"] for a in got] == [a["output_ids"] for a in want]

@@ -6,6 +6,7 @@ flags that the algorithm refuses, and what was resolved for the lines to describ
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -38,6 +39,7 @@ def stock(argv: list[str]) -> None:
 
 
 def main() -> None:
+    gc.disable()  # importing SGLang takes a quarter less
     asked = json.load(sys.stdin)
     result, sys.stdout = sys.stdout, sys.stderr
     report = io.StringIO()

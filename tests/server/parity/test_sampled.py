@@ -18,16 +18,15 @@ SETTINGS = {
 
 
 def draw(server, params, mates):
-    """Answers of five tokens, one case of the mix after every 25 of them."""
+    """Answers of five tokens, one case of the mix for every 25 of them, a few at a time beside them."""
     call = {"prompt": PROMPT, "max_new_tokens": 5, "ignore_eos": True, "stride": 4, **params}
-    with ThreadPoolExecutor(48) as pool:
-        jobs = []
-        for i in range(SAMPLES):
-            jobs.append(pool.submit(server.generate, **call))
-            if i % 25 == 0:
-                pool.submit(ask, server, mates[i // 25 % len(mates)])
-        # An answer may end early; what is missing is a value of its own.
-        return [tuple((ids(job.result()) + [-1] * 5)[:5]) for job in jobs]
+    with ThreadPoolExecutor(3) as pool:
+        beside = [pool.submit(ask, server, mates[i % len(mates)]) for i in range(SAMPLES // 25)]
+        answers = server.batches([call] * SAMPLES)
+        for job in beside:
+            job.result()
+    # An answer may end early; what is missing is a value of its own.
+    return [tuple((ids(answer) + [-1] * 5)[:5]) for answer in answers]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.parity(*keys)) for name, (_, keys) in SETTINGS.items()])

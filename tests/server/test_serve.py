@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 
@@ -13,40 +12,10 @@ import psutil
 import pytest
 import requests
 
-from idlm_sglang.serving.ports import free_port
+from tests.server import fleet
+from tests.server.harness import IdlmServe
 
-START_SECONDS = 240
-KEY = "open sesame"
-
-
-@pytest.fixture
-def served(tmp_path):
-    """The command after its ready line, with what it printed and how long the start took."""
-    output = tmp_path / "output"
-    with output.open("wb") as out:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "idlm_sglang.serving.cli", "serve"),
-                *("--port", str(free_port()), "--log-file", str(tmp_path / "log")),
-                *("--api-key", KEY),
-                "--sleep-on-idle",  # idle schedulers would spin on the cores that the tests share
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while "idlm: ready after" not in output.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-            time.sleep(0.2)
-        yield process, output
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+KEY = IdlmServe.KEY
 
 
 def the_live_page_asks_for_the_key(url):
@@ -67,9 +36,15 @@ def the_live_page_asks_for_the_key(url):
     assert requests.post(url.removesuffix("/idlm") + "/generate", json={"text": "x"}, auth=("", KEY), timeout=60).status_code == 401, "SGLang's routes are as they were"
 
 
-def test_the_embedded_checkpoint_is_served_with_one_command_and_leaves_nothing_behind(served):
-    process, output = served
-    text = output.read_text()
+def test_the_embedded_checkpoint_is_served_with_one_command_and_leaves_nothing_behind(idlm_serve, request):
+    """The last test of this server."""
+    if not fleet.of(request.config).is_last("idlm_serve", request.node):
+        pytest.skip("run in an order in which other tests of its server come behind it")
+    process, output = idlm_serve.process, idlm_serve.log
+    deadline = time.monotonic() + 60
+    while "idlm: ready after" not in (text := output.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, text
+        time.sleep(0.2)
     for part in ('as "idlm-demo"', "float32", "stride auto", "64 requests", "from the config", "/metrics", "idlm: ready after"):
         assert part in text
     line = text.splitlines()[-1].strip()
