@@ -61,7 +61,7 @@ def test_every_slot_is_free_after_mixed_requests_with_aborts(isd_tight):
     from concurrent.futures import ThreadPoolExecutor
 
     rng = random.Random(2)
-    texts = prompts(3000, seed=61)
+    texts = prompts(1200, seed=61)
 
     def one(i):
         kind = rng.randrange(5)
