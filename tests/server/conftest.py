@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from idlm_sglang.demo import RISD_ADAPTER_DIR, RISD_BASE_DIR
+from tests import beside
 from tests.server import fleet
 from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, IdlmServe, Server
@@ -20,26 +21,37 @@ _STARTING = {"test_bench.py", "test_published_config.py"}
 _ENOUGH = 200  # other tests, behind which a server can start unnoticed
 
 
+def _in_its_midst(item) -> bool:
+    return item.path.name in _STARTING and item.path.is_relative_to(Path(__file__).parent)
+
+
 def _starts_its_own(item) -> bool:
-    return bool(fleet.asked_for(item) - {*_SHARED, *_LATE}) or item.path.name in _STARTING and item.path.is_relative_to(Path(__file__).parent)
+    return bool(fleet.asked_for(item) - {*_SHARED, *_LATE}) or _in_its_midst(item)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests with a server of their own come behind those of the shared ones, most of which have ended by then: all at a time are more than 24 GB hold."""
+    """Tests with a server of their own come behind those of the shared ones, most of which have ended by then: all at a time are more than 24 GB hold.
+
+    Where tests run in several processes, those of servers are for one of them.
+    """
     items.sort(key=lambda item: (not fleet.asked_for(item).isdisjoint(_LATE), _starts_its_own(item)))
+    for item in items:
+        if fleet.asked_for(item) or _in_its_midst(item):
+            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 def pytest_collection_finish(session):
     """Start the shared servers while the tests run that need none."""
     fleet.of(session.config).plan(session.items)
     others = sum("tests/server" not in str(item.path) for item in session.items)
-    if others >= _ENOUGH and not session.config.option.collectonly:
+    if others >= _ENOUGH and not session.config.option.collectonly and not beside.is_one_of_several(session.config):
         fleet.of(session.config).begin(_SHARED)
 
 
 def pytest_runtest_setup(item):
-    """Behind the tests of the shared servers the others start ahead of their tests."""
-    if fleet.asked_for(item) - {*_SHARED}:
+    """Servers start ahead of their tests, the shared ones first."""
+    if fleet.asked_for(item):
+        fleet.of(item.config).begin(_SHARED)
         fleet.of(item.config).go_on(item)
 
 

@@ -16,6 +16,7 @@ from tests.server.harness import Server
 
 _MAKERS: dict[str, Callable[[Path], Server]] = {}
 _AT_A_TIME = 2  # servers that start, and that wait for their tests
+_ROOM = 5  # servers that are there when one is begun before its test: each takes some 3 GB
 _FLEET = pytest.StashKey["Fleet"]()
 
 
@@ -79,14 +80,15 @@ class Fleet:
                 self._begun[name] = self._pool.submit(self._start, name, self._directory)
 
     def go_on(self, item) -> None:
-        """This test is next: begin its servers, and the next ones of later tests as long as fewer than two are there that wait for theirs."""
+        """This test is next: begin its servers, and the next ones of later tests as long as few are there that wait for theirs, or at all."""
         while self._needs[self._place][0] is not item:
             self._place += 1
         here = self._needs[self._place][1]
         self.begin(sorted(here))
-        waiting = set(self._begun) - self._taken - self._over - here
+        there = {*self._begun, *self._taken} - self._over
+        room = min(_AT_A_TIME - len(there - self._taken - here), _ROOM - len(there))
         later = dict.fromkeys(name for _, names in self._needs[self._place :] for name in sorted(names))
-        self.begin([name for name in later if name not in {*self._begun, *self._taken}][: max(0, _AT_A_TIME - len(waiting))])
+        self.begin([name for name in later if name not in {*self._begun, *self._taken}][: max(room, 0)])
 
     @contextmanager
     def taken(self, name: str, logs: Path):
@@ -102,7 +104,7 @@ class Fleet:
         return server.started()
 
     def end(self, item) -> None:
-        """Behind this test: servers that no later one asks for, taken or not. Each takes some 2.5 GB."""
+        """Behind this test: servers that no later one asks for, taken or not."""
         over = {name for name, last in self._last.items() if last is item}
         self._over |= over
         for name in over & set(self._begun):
