@@ -30,11 +30,19 @@ def _starts_its_own(item) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Tests with a server of their own come behind those of the shared ones, most of which have ended by then: all at a time are more than 24 GB hold.
+    """Tests with a server of their own come behind those of the shared ones, most of which have ended by then, and behind one another
+    where they share it: all servers at a time are more than 24 GB hold.
 
     Where tests run in several processes, those of servers are for one of them.
     """
-    items.sort(key=lambda item: (not fleet.asked_for(item).isdisjoint(_LATE), _starts_its_own(item)))
+    first: dict[str, int] = {}
+
+    def place(item) -> tuple[bool, bool, int]:
+        own = fleet.asked_for(item) - {*_SHARED, *_LATE}
+        begun = min((first.setdefault(name, len(first)) for name in sorted(own)), default=len(first))
+        return not fleet.asked_for(item).isdisjoint(_LATE), _starts_its_own(item), begun if _starts_its_own(item) else 0
+
+    items.sort(key=place)
     for item in items:
         if fleet.asked_for(item) or _in_its_midst(item):
             item.add_marker(pytest.mark.xdist_group("servers"))
