@@ -89,7 +89,7 @@ def poison(layer, module, side, value):
         ({"change": lambda w: w.update({key(0, "q_proj", "A"): torch.zeros(2, 512)})}, ["layers.0.self_attn.q_proj.lora_A.weight is 2 x 512", "needs 2 x 256"]),
         ({"rank": 2, "r": 4}, ["rank 4 on this base needs"]),
     ],
-    ids=lambda value: str(value)[:50],
+    ids=lambda value: str(value).split(" at 0x")[0][:50],
 )
 def test_what_is_not_served_is_named(tmp_path, changes, words):
     line = refused(written(tmp_path, **changes))
