@@ -29,7 +29,7 @@ check: $(STAMP) ## say whether this environment can serve
 	@exec "$(BIN)/idlm" check --host "$(HOST)" --port "$(PORT)"
 
 test: $(STAMP) ## run the tests: those of servers in one process, beside the others (ARGS=... : just those, in one)
-	@exec "$(BIN)/python" -m pytest $(or $(ARGS),-n 2 --dist loadgroup)
+	@exec "$(BIN)/python" -m pytest $(or $(ARGS),-n 2)
 
 deploy-check: $(STAMP) ## check deploy/ with every tool: prometheus, kubectl, docker compose, unshare, jq (minutes)
 	@IDLM_DEPLOY_CHECK=1 exec "$(BIN)/python" -m pytest tests/deploy $(ARGS)

@@ -32,8 +32,6 @@ def _starts_its_own(item) -> bool:
 def pytest_collection_modifyitems(items):
     """Tests with a server of their own come behind those of the shared ones, most of which have ended by then, and behind one another
     where they share it: all servers at a time are more than 24 GB hold.
-
-    Where tests run in several processes, those of servers are for one of them.
     """
     first: dict[str, int] = {}
 
@@ -43,9 +41,6 @@ def pytest_collection_modifyitems(items):
         return not fleet.asked_for(item).isdisjoint(_LATE), _starts_its_own(item), begun if _starts_its_own(item) else 0
 
     items.sort(key=place)
-    for item in items:
-        if fleet.asked_for(item) or _in_its_midst(item):
-            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 def pytest_collection_finish(session):
