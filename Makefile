@@ -28,8 +28,8 @@ serve: $(STAMP) ## serve the embedded checkpoint (or MODEL) on PORT
 check: $(STAMP) ## say whether this environment can serve
 	@exec "$(BIN)/idlm" check --host "$(HOST)" --port "$(PORT)"
 
-test: $(STAMP) ## run the tests: those of servers in one process, beside the others (ARGS=... : just those, in one)
-	@exec "$(BIN)/python" -m pytest $(or $(ARGS),-n 2)
+test: $(STAMP) ## run the tests
+	@exec "$(BIN)/python" -m pytest $(ARGS)
 
 deploy-check: $(STAMP) ## check deploy/ with every tool: prometheus, kubectl, docker compose, unshare, jq (minutes)
 	@IDLM_DEPLOY_CHECK=1 exec "$(BIN)/python" -m pytest tests/deploy $(ARGS)

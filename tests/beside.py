@@ -1,6 +1,6 @@
 """Long commands of single tests that need one core and no server: in a whole run they go beside the first tests of the servers, which wait much.
 
-Their tests come behind those then; in a run without servers, or in several processes, each runs its command when it is its turn.
+Their tests come behind those then; in a run without servers each runs its command when it is its turn.
 """
 
 import os
@@ -33,14 +33,9 @@ def finished(config: pytest.Config, *arguments: str) -> subprocess.CompletedProc
     return begun.result() if begun else run(arguments)
 
 
-def is_one_of_several(config: pytest.Config) -> bool:
-    """Other tests run in a process beside this one (pytest-xdist)."""
-    return hasattr(config, "workerinput")
-
-
 def begin(config: pytest.Config, commands: list[tuple[str, ...]]) -> None:
     """Run the commands in the background, one after the other. Behind the first call nothing is begun."""
-    if _BEGUN not in config.stash and not is_one_of_several(config):
+    if _BEGUN not in config.stash:
         pool = ThreadPoolExecutor(1)
         config.stash[_BEGUN] = {arguments: pool.submit(run, arguments) for arguments in commands}
         pool.shutdown(wait=False)

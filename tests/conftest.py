@@ -30,17 +30,5 @@ def pytest_runtest_setup(item):
         beside.begin(item.config, sorted({command for other in item.session.items for command in _commands(other)}))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Where tests run in several processes, those of servers are for one of them, which begins with them."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ServersInOne(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return _WAITS if nodeid.startswith(_WAITS) else nodeid
-
-    return ServersInOne(config, log)
-
-
 def pytest_unconfigure(config):
     beside.cancel(config)

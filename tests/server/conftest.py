@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from idlm_sglang.demo import RISD_ADAPTER_DIR, RISD_BASE_DIR
-from tests import beside
 from tests.server import fleet
 from tests.server.fleet import server_fixture
 from tests.server.harness import CHECKPOINT, IdlmServe, Server
@@ -47,7 +46,7 @@ def pytest_collection_finish(session):
     """Start the shared servers while the tests run that need none."""
     fleet.of(session.config).plan(session.items)
     others = sum("tests/server" not in str(item.path) for item in session.items)
-    if others >= _ENOUGH and not session.config.option.collectonly and not beside.is_one_of_several(session.config):
+    if others >= _ENOUGH and not session.config.option.collectonly:
         fleet.of(session.config).begin(_SHARED)
 
 

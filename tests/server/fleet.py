@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable
 
+import psutil
 import pytest
 
 from tests.server.harness import Server
 
 _MAKERS: dict[str, Callable[[Path], Server]] = {}
 _AT_A_TIME = 2  # servers that start, and that wait for their tests
-_ROOM = 5  # servers that are there when one is begun before its test: each takes some 3 GB
+_ROOM = 6 << 30  # bytes of memory that are free where servers are begun before their tests: each takes some 3 GB
 _FLEET = pytest.StashKey["Fleet"]()
 
 
@@ -80,13 +81,14 @@ class Fleet:
                 self._begun[name] = self._pool.submit(self._start, name, self._directory)
 
     def go_on(self, item) -> None:
-        """This test is next: begin its servers, and the next ones of later tests as long as few are there that wait for theirs, or at all."""
+        """This test is next: begin its servers, and the next ones of later tests as long as few wait for theirs and there is room."""
         while self._needs[self._place][0] is not item:
             self._place += 1
         here = self._needs[self._place][1]
         self.begin(sorted(here))
-        there = {*self._begun, *self._taken} - self._over
-        room = min(_AT_A_TIME - len(there - self._taken - here), _ROOM - len(there))
+        room = _AT_A_TIME - len(set(self._begun) - self._taken - self._over - here)
+        if psutil.virtual_memory().available < _ROOM:
+            room = 0
         later = dict.fromkeys(name for _, names in self._needs[self._place :] for name in sorted(names))
         self.begin([name for name in later if name not in {*self._begun, *self._taken}][: max(room, 0)])
 
