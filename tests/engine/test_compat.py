@@ -30,7 +30,7 @@ def test_every_patch_says_what_why_guard_and_when_it_goes():
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    """In a process that collects no garbage while it imports SGLang: a quarter of the time."""
+    """In a process that collects no garbage, which is much of what importing SGLang takes."""
     return subprocess.run([sys.executable, "-c", f"import gc; gc.disable()\n{code}"], capture_output=True, text=True, timeout=300)
 
 

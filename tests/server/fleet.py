@@ -1,6 +1,6 @@
 """The servers of the tests, each started in the background before a test needs it and ended behind the last that does.
 
-A start takes some 40 seconds of processor time, a third of it on one core alone: two at a time, beside other tests, cost a run less.
+A start is mostly imports, some of it on one core alone: two at a time, beside other tests, cost a run less.
 """
 
 import shutil

@@ -25,7 +25,7 @@ _OF_THREAD = threading.local()
 
 
 def clients(count: int) -> ThreadPoolExecutor:
-    """Threads that keep their connection: a new one for each request takes a third of a short one's time."""
+    """Threads that keep their connection: a new one costs a short request much of its time."""
     return ThreadPoolExecutor(count, initializer=lambda: setattr(_OF_THREAD, "session", requests.Session()))
 
 
@@ -123,7 +123,7 @@ class Server:
             return list(pool.map(lambda call: self.generate(**call), calls))
 
     def batches(self, calls: list[dict], size: int = 16, at_a_time: int = 3) -> list[dict]:
-        """Like :meth:`many` for calls with prompts that are text, ``size`` of them in one HTTP request: thousands of short answers take half the time."""
+        """Like :meth:`many` for calls with prompts that are text, ``size`` of them in one HTTP request: thousands of short answers take less time."""
 
         def send(some: list[dict]) -> list[dict]:
             strides = [{"custom_params": {"idlm_stride": call["stride"]}} if "stride" in call else {} for call in some]

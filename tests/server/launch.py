@@ -1,4 +1,4 @@
-"""``python -m sglang.launch_server``, started in two thirds of the time: fewer garbage collections, and no scikit-learn.
+"""``python -m sglang.launch_server``, started sooner: fewer garbage collections, and no scikit-learn.
 
 SGLang starts its processes by importing this module again.
 """

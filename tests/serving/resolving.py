@@ -39,7 +39,7 @@ def stock(argv: list[str]) -> None:
 
 
 def main() -> None:
-    gc.disable()  # importing SGLang takes a quarter less
+    gc.disable()  # there is much of it while SGLang is imported
     asked = json.load(sys.stdin)
     result, sys.stdout = sys.stdout, sys.stderr
     report = io.StringIO()
