@@ -40,9 +40,10 @@ def published(tmp_path_factory):
 
 
 def test_the_published_config_is_served_as_an_idlm(published, logs):
-    """AR (rollback: no ISD flag) and ISD, the latter even under --trust-remote-code, agree token for token."""
+    """AR (rollback: no ISD flag) and ISD, the latter even under --trust-remote-code, agree token for token; both started by SGLang's own command."""
     calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 24, "ignore_eos": True} for p in prompts(60, seed=111)]
-    ar, isd = Server("published_ar", published, logs), Server("published_isd", published, logs, "--speculative-algorithm", "ISD", "--trust-remote-code")
+    ar = Server("published_ar", published, logs, module="sglang.launch_server")
+    isd = Server("published_isd", published, logs, "--speculative-algorithm", "ISD", "--trust-remote-code", module="sglang.launch_server")
     with side_by_side(ar, isd):
         want, got = ar.many(calls, 8), isd.many(calls, 8)
         ar_log, isd_log = (server.log.read_text(errors="replace") for server in (ar, isd))
