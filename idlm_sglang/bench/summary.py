@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from idlm_sglang.bench import lengths
 from idlm_sglang.bench.load import Point
 
 CONFIDENCE = 0.95
@@ -41,6 +42,8 @@ class Cell:
         tpot, ttft, latency: seconds per token behind the first, to the first token, and of the whole answer: p50, p90, p99 over the requests of all repeats.
         decoding: tokens per forward, queries, acceptance; None where unknown.
         ratio: to the reference arm, None for itself.
+        lengths: answers by the least length of their class (:mod:`~idlm_sglang.bench.lengths`).
+        by_length: ratio to the reference arm by class, of tokens per second of an answer; empty for itself.
         same: answers equal to the reference's, of ``of`` answers in both.
         cut: share of the answers that ended at their longest length.
         requests: latencies of all requests in seconds, for a plot.
@@ -58,6 +61,8 @@ class Cell:
     latency: tuple[float, float, float]
     decoding: dict[str, Any] | None
     ratio: Ratio | None
+    lengths: dict[int, int]
+    by_length: dict[int, Ratio]
     same: int
     of: int
     cut: float
@@ -115,6 +120,8 @@ def _cell(arm: str, temperature: float, concurrency: int, ours: dict[int, dict],
         _percentiles(latency),
         _together([r["decoding"] for r in ours.values()]),
         None if is_reference or not shared else ratio([throughput(ours[r]) for r in shared], [throughput(reference[r]) for r in shared]),
+        lengths.counts(list(ours.values())),
+        {} if is_reference else lengths.compare([ours[r] for r in shared], [reference[r] for r in shared], ratio),
         sum(a == b for a, b in pairs),
         len(pairs),
         sum(r["finished"].get("length", 0) for r in ours.values()) / len(tokens),

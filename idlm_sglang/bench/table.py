@@ -6,6 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from idlm_sglang.bench import lengths
 from idlm_sglang.bench.arms import STOCK, URL
 from idlm_sglang.bench.one_batch import BatchCell
 from idlm_sglang.bench.options import masked
@@ -18,7 +19,8 @@ Ratio: total throughput over that of `{reference}`, paired by repeat: geometric 
 repeats), each interval for itself. One that holds 1 means: not told apart; of 20 comparisons of equal arms one misses it.
 Steady: while at least 0.9 of the load was there, where that was most of the time. Same answers: byte-equal to the
 reference's, where both were given the same seeds and know them. TPOT: seconds behind the first token over the tokens
-behind it, not the gap between chunks. TPF: tokens per request and decode forward; queries: rows of a request in one forward;
+behind it, not the gap between chunks. By length: tokens per second of
+an answer over those of the reference's, of answers of that length. TPF: tokens per request and decode forward; queries: rows of a request in one forward;
 efficiency: TPF²/queries. Acceptance by position: of the drafts verified at this point alone."""
 
 
@@ -43,7 +45,7 @@ def report(cells: Sequence[Cell], plan: dict[str, Any], fingerprints: Sequence[d
     unseeded = plan["arms"][0]["kind"] == STOCK
     for temperature in dict.fromkeys(c.temperature for c in cells):
         some = [c for c in cells if c.temperature == temperature]
-        parts += [f"## T = {temperature:g}", _throughput(some, unseeded and temperature > 0), _latency(some), _decoding(some)]
+        parts += [f"## T = {temperature:g}", _throughput(some, unseeded and temperature > 0), _latency(some), _by_length(some), _decoding(some)]
     parts.append(READING.format(reference=reference))
     if batches:
         parts += ["## One batch", _one_batch(batches), READING_BATCHES]
@@ -109,6 +111,15 @@ def _same(c: Cell, unseeded: bool) -> str:
 def _latency(cells: list[Cell]) -> str:
     head = ["C", "arm", "TPOT p50 / p90 / p99 (ms)", "TTFT p50 / p90 / p99 (ms)", "answer p50 / p90 / p99 (ms)"]
     return _table(head, [[c.concurrency, c.arm, _ms(c.tpot, 2), _ms(c.ttft, 0), _ms(c.latency, 0)] for c in cells])
+
+
+def _by_length(cells: list[Cell]) -> str:
+    edges = sorted({edge for c in cells for edge in c.lengths})
+    rows = []
+    for c in cells:
+        shown = [f"{c.lengths.get(edge, 0)} answers" if c.ratio is None else str(c.by_length.get(edge, "–")) for edge in edges]
+        rows.append([c.concurrency, c.arm, *shown])
+    return _table(["C", "arm", *map(lengths.name, edges)], rows)
 
 
 def _decoding(cells: list[Cell]) -> str:
