@@ -12,8 +12,9 @@ from tests.server.harness import CHECKPOINT, IdlmServe, Server
 # What a server needs to be asked for everything a request can ask for.
 SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3", "--enable-response-store")
 
-# Servers of many tests, and those of them that come behind the others.
+# Servers of many tests; those of fewer, whose memory others can have when their tests have run; and those that come behind the others.
 _SHARED = ("ar", "isd", "isd_sync", "isd_rejection", "isd_tight")
+_FIRST = ("isd_sync", "isd_rejection", "isd_tight")
 _LATE = ("risd_ar", "risd")
 # Modules whose tests start servers in their midst.
 _STARTING = {"test_bench.py", "test_published_config.py"}
@@ -35,9 +36,13 @@ def pytest_collection_modifyitems(items):
     first: dict[str, int] = {}
 
     def place(item) -> tuple[bool, bool, int]:
-        own = fleet.asked_for(item) - {*_SHARED, *_LATE}
-        begun = min((first.setdefault(name, len(first)) for name in sorted(own)), default=len(first))
-        return not fleet.asked_for(item).isdisjoint(_LATE), _starts_its_own(item), begun if _starts_its_own(item) else 0
+        asked = fleet.asked_for(item)
+        own = asked - {*_SHARED, *_LATE}
+        if not _starts_its_own(item):
+            group = next((i for i, name in enumerate(_FIRST) if name in asked), len(_FIRST))
+        else:
+            group = min((first.setdefault(name, len(first)) for name in sorted(own)), default=len(first))
+        return not asked.isdisjoint(_LATE), _starts_its_own(item), group
 
     items.sort(key=place)
 

@@ -16,8 +16,10 @@ import pytest
 from tests.server.harness import Server
 
 _MAKERS: dict[str, Callable[[Path], Server]] = {}
-_AT_A_TIME = 2  # servers that start, and that wait for their tests
-_ROOM = 6 << 30  # bytes of memory that are free where servers are begun before their tests: each takes some 3 GB
+_AT_A_TIME = 2  # servers that start
+_AHEAD = 4  # servers that start or wait for their tests
+_EACH = 3 << 30  # bytes of memory that a server takes, about
+_ROOM = 3 << 30  # bytes that are left free where servers are begun before their tests
 _FLEET = pytest.StashKey["Fleet"]()
 
 
@@ -86,9 +88,11 @@ class Fleet:
             self._place += 1
         here = self._needs[self._place][1]
         self.begin(sorted(here))
-        room = _AT_A_TIME - len(set(self._begun) - self._taken - self._over - here)
-        if psutil.virtual_memory().available < _ROOM:
-            room = 0
+        starting = sum(not future.done() for future in self._begun.values())
+        room = min(
+            _AHEAD - len(set(self._begun) - self._taken - self._over - here),
+            (psutil.virtual_memory().available - _ROOM) // _EACH - starting,  # those have not taken theirs
+        )
         later = dict.fromkeys(name for _, names in self._needs[self._place :] for name in sorted(names))
         self.begin([name for name in later if name not in {*self._begun, *self._taken}][: max(room, 0)])
 

@@ -35,7 +35,7 @@ def mixed(count: int, seed: int) -> list[dict]:
     return [{"prompt": t, "max_new_tokens": 48, **ways[i % 4], **kinds[i % len(kinds)]} for i, t in enumerate(texts)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of other servers come between
 def wanted(ar):
     calls = mixed(126, seed=301)
     return calls, ar.many(calls, 8)
