@@ -22,6 +22,7 @@ def draw(found: dict, path: Path) -> None:
     tops = ceilings(measured, found["tpf"])
     contexts = sorted({p.context for p in measured})
     batches = sorted({p.batch for p in measured})
+    every = sorted({stride for at in tops.values() for stride in at})
     widths = [1.0] * len(batches) + [max(1.8, 0.5 * len(batches))]
     figure, axes = plt.subplots(
         len(contexts), len(widths), figsize=(2.5 * sum(widths) + 0.6, 3.6 * len(contexts) + 1.1), squeeze=False, gridspec_kw={"width_ratios": widths}, layout="constrained"
@@ -32,7 +33,7 @@ def draw(found: dict, path: Path) -> None:
         for axis, batch in zip(row, batches):
             _bars(axis, [p for p in measured if (p.context, p.batch) == (context, batch)], f"batch {batch}, context {context}")
         row[0].set_ylabel("ms a step")
-        _lines(row[-1], {batch: tops.get((context, batch), {}) for batch in batches}, found["tpf"], context)
+        _lines(row[-1], {batch: tops.get((context, batch), {}) for batch in batches}, found["tpf"], context, every)
     handles = [plt.Rectangle((0, 0), 1, 1, color=_COLOURS[part]) for part in PARTS]
     figure.legend(handles, [TITLE[part] for part in PARTS], loc="outside lower center", ncols=len(PARTS), frameon=False)
     figure.savefig(path, dpi=110)
@@ -55,11 +56,13 @@ def _bars(axis, chosen, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _lines(axis, by_batch: dict[int, dict[int, float]], tpf: dict[int, dict], context: int) -> None:
+def _lines(axis, by_batch: dict[int, dict[int, float]], tpf: dict[int, dict], context: int, every: list[int]) -> None:
+    """``every``: all strides of the picture; one looks the same in each panel."""
     axis.set_title(f"ceiling over AR, context {context}", fontsize=10)
     batches = [batch for batch in by_batch if by_batch[batch]]
     strides = sorted({stride for batch in batches for stride in by_batch[batch]})
-    for i, stride in enumerate(strides):
+    for stride in strides:
+        i = every.index(stride)
         x = [batch for batch in batches if stride in by_batch[batch]]
         style = {"color": _LINES[i % len(_LINES)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 5}
         axis.plot(x, [by_batch[batch][stride] for batch in x], label=f"N = {stride} (TPF {tpf[stride]['tpf']:.2f})", **style)

@@ -19,9 +19,9 @@ Ratio: total throughput over that of `{reference}`, paired by repeat: geometric 
 repeats), each interval for itself. One that holds 1 means: not told apart; of 20 comparisons of equal arms one misses it.
 Steady: while at least 0.9 of the load was there, where that was most of the time. Same answers: byte-equal to the
 reference's, where both were given the same seeds and know them. TPOT: seconds behind the first token over the tokens
-behind it, not the gap between chunks. By length: tokens per second of
-an answer over those of the reference's, of answers of that length. TPF: tokens per request and decode forward; queries: rows of a request in one forward;
-efficiency: TPF²/queries. Acceptance by position: of the drafts verified at this point alone."""
+behind it, not the gap between chunks. By length: tokens per second of an answer over the reference's, of answers of that length.
+TPF: tokens per request and decode forward; queries: rows of a request in one forward; efficiency: TPF²/queries. Acceptance
+by position: of the drafts verified at this point alone."""
 
 
 READING_BATCHES = """\

@@ -130,9 +130,9 @@ def small_1(logs):
 
 
 @server_fixture
-def small_16(logs):
-    """The same with pages of 16; streams carry increments."""
-    return _small(logs, 16, "--incremental-streaming-output")
+def small_64(logs):
+    """The same with pages of 64; streams carry increments."""
+    return _small(logs, 64, "--incremental-streaming-output")
 
 
 def _small(logs, page: int, *flags: str) -> Server:

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif(accelerator_available(), reason="a GPU's steps h
 
 @server_fixture
 def ragged(logs):
-    """Rows left out, which is a CPU's default, with the overlap schedule and requests that are retracted."""
+    """Rows left out, which is a CPU's default, with the overlap schedule, pages of 32 and requests that are retracted."""
     env = {"IDLM_MAX_STRIDE": "16", "SGLANG_IS_IN_CI": "1", "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "60"}
-    return Server("ragged", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", "--disable-radix-cache", env=env)
+    return Server("ragged", CHECKPOINT, logs, "--speculative-algorithm", "ISD", "--enable-metrics", "--disable-radix-cache", "--page-size", "32", env=env)
 
 
 def counts(server) -> dict[str, float]:

@@ -157,7 +157,7 @@ def a_prompt_in_chunks_beside_one_long_answer(ar, server):
     print(f"{found} times a long answer was retracted for a prompt's chunks")
 
 
-@pytest.mark.parametrize("small", ["small_1", "small_16"])
+@pytest.mark.parametrize("small", ["small_1", "small_64"])
 def test_wide_steps_in_a_small_context_stay_inside_the_request_table(ar, request, small):
     """W = 31 rows behind the last token of the context."""
     server = request.getfixturevalue(small)
