@@ -36,7 +36,7 @@ def _simulate(asked: Options, command: str) -> Results:
     bench = Bench.read(asked.bench)
     points = published.covered(published.load())
     overheads = fit.fit(points)
-    checked = validate.check(asked.step_time, bench, asked.seed, asked.warm)
+    checked = validate.check(asked.step_time, bench, asked.seed)
     cost = _single(asked, bench)
     predicted = predict.predict(overheads, cost, asked.clients, asked.seed, asked.waves, asked.warm, say=lambda word: print(word, file=sys.stderr, flush=True))
     return Results(overheads, cost, command, " ".join(map(_shown, asked.bench)), _shown(asked.step_time), fit.leave_one_out(points), checked, predicted)

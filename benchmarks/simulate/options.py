@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> Options:
     option("--clients", nargs="+", type=int, default=list(CLIENTS), metavar="C", help="concurrent requests (default 1 2 4 .. 256)")
     option("--waves", type=int, default=3, help="answers for each slot behind the one it begins with; more, the less the controller's learning counts (default 3)")
     option("--warm", action="store_true", help="the first step behind a prefill has drafts to verify")
-    option("--bench", nargs="+", type=Path, default=[ab / "full", ab / "c4"], metavar="DIR", help="results of idlm bench with the arms stock and isd:1; a later folder replaces concurrencies of earlier ones")
+    option("--bench", nargs="+", type=Path, default=[ab / "lengths"], metavar="DIR", help="results of idlm bench with the arms stock and isd:1; a later folder replaces concurrencies of earlier ones")
     option("--step-time", type=Path, default=RESULTS / "step_time" / "cpu-2-cores" / "demo", metavar="DIR", help="step times of the same machine")
     option("--single-ms", type=float, metavar="MS", help="milliseconds that a step at stride 1 costs over AR (default: as measured in --bench at C = 1)")
     option("--single-share", type=float, metavar="SHARE", help="share of AR's speed that stride 1 loses (default: as measured in --bench at C = 1)")

@@ -51,8 +51,8 @@ def prefill_seconds(bench: Bench) -> tuple[float, float]:
     return alone - each * few, each
 
 
-def check(step_time: Path, bench: Bench, seed: int = 0, warm: bool = False) -> list[Checked]:
-    """Every ISD arm of ``bench`` at every concurrency where it was measured."""
+def check(step_time: Path, bench: Bench, seed: int = 0) -> list[Checked]:
+    """Every ISD arm of ``bench`` at every concurrency where it was measured. Prompts leave drafts behind, as they do in the server."""
     times = MeasuredTimes(step_time, prefill_seconds(bench))
     arms = sorted({arm for arm, _ in bench.rows if arm.startswith("isd:")})
     found = []
@@ -64,7 +64,7 @@ def check(step_time: Path, bench: Bench, seed: int = 0, warm: bool = False) -> l
             name = arm.removeprefix("isd:")
             policy = Controlled([times], load.slots, salvage=False, seed=seed) if name == "auto" else Fixed(int(name))
             acceptance = Acceptance((0.0,)) if name == "1" else bench.acceptance(arm)
-            got = run(times, policy, acceptance, load, seed, warm)
+            got = run(times, policy, acceptance, load, seed, warm=True)
             told = bench.ratio(arm, STOCK, c)
             found.append(Checked(arm, c, float(got.total[0] / ar), told.mean, told.low, told.high, float(got.per_round[0]), bench.per_round(arm, c)))
     return found
