@@ -10,7 +10,7 @@ from benchmarks.step_time import report, store
 class MeasuredTimes:
     """Median step times of a results folder, one set-up: linear between batches and contexts, and beyond them held in context, continued in batch.
 
-    Strides without rows of their own are interpolated in N. prefill: seconds of a prefill forward, and of each prompt in it more.
+    Strides without rows of their own are interpolated in N; a stride's contexts are those it was measured at. prefill: seconds of a prefill forward, and of each prompt in it more.
     """
 
     def __init__(self, folder: Path, prefill: tuple[float, float]):
@@ -23,7 +23,8 @@ class MeasuredTimes:
         for n in self.measured_strides:
             for c in self._contexts:
                 mine = sorted((p.batch, p.wall / 1e3) for p in points if (p.stride, p.context) == (n, c))
-                self._curves[n, c] = tuple(np.array(x) for x in zip(*mine))
+                if mine:
+                    self._curves[n, c] = tuple(np.array(x) for x in zip(*mine))
 
     def decode(self, stride: np.ndarray, running: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return np.array([self._one(int(n), float(b), float(k) / max(1, b)) for n, b, k in zip(stride, running, columns)])
@@ -34,8 +35,8 @@ class MeasuredTimes:
         if stride not in self.measured_strides:
             around = [n for n in self.measured_strides if n > 0]
             return float(np.interp(stride, around, [self._one(n, batch, context) for n in around]))
-        found = [_line(batch, *self._curves[stride, c]) for c in self._contexts]
-        return float(np.interp(context, self._contexts, found))
+        contexts = [c for c in self._contexts if (stride, c) in self._curves]
+        return float(np.interp(context, contexts, [_line(batch, *self._curves[stride, c]) for c in contexts]))
 
     def prefill(self, requests: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         return self.prefill_seconds[0] + self.prefill_seconds[1] * np.asarray(requests, dtype=float)
