@@ -12,11 +12,13 @@ from benchmarks.simulate.chain import Acceptance
 from benchmarks.simulate.controlled import Controlled
 from benchmarks.simulate.devices import BF16, DEVICES, DTYPES
 from benchmarks.simulate.loop import Fixed, Load, run
+from benchmarks.simulate.measured_times import MeasuredTimes
 from benchmarks.simulate.models import MODELS
 from benchmarks.simulate.results import Results
 from benchmarks.simulate.roofline import AR, Overheads, Roofline, Setup
 from benchmarks.simulate.workload import Workload
-from benchmarks.step_time import ceiling
+from benchmarks.step_time import ceiling, store
+from benchmarks.step_time.parts import PARTS
 from idlm_sglang.isd.stride import tokens_per_round
 
 SLOTS, SEED = 64, 3
@@ -157,6 +159,26 @@ def test_stride_1_costs_what_was_measured():
         assert times.decode(ones, ones, 0 * ones) - times.decode(AR * ones, ones, 0 * ones) == pytest.approx(extra * ones)
     times = predict.SCENARIOS[1].times(setups, fit_free, cost)
     assert times.decode(AR * ones, ones, 0 * ones) / times.decode(ones, ones, 0 * ones) == pytest.approx((1 - cost.share) * ones)
+
+
+def test_measured_times_are_linear_between_what_was_measured_and_a_stride_has_its_own_contexts(tmp_path):
+    """AR and N = 4 at contexts 100 and 1,100, N = 2 at 100 alone."""
+
+    def row(arm, batch, context, wall):
+        told = {"run": "r", "arm": arm, "batch": batch, "context": context, "repeat": 0, "steps": 10, "width": 1.0, "mean_context": float(context), "elsewhere": 0.0}
+        return told | {"wall_ms": wall, **{f"{part}_ms": wall / len(PARTS) for part in PARTS}}
+
+    rows = [row(arm, b, c, ms * b + c / 100) for arm, ms, contexts in (("AR", 1.0, (100, 1100)), ("N=2", 2.0, (100,)), ("N=4", 4.0, (100, 1100))) for b in (1, 5) for c in contexts]
+    store.add(tmp_path, {"id": "r", "command": "c", "options": {}, "device": "d", "processor": "p", "versions": {}, "commit": None}, rows, {})
+    times = MeasuredTimes(tmp_path, (0.0, 0.0))
+
+    def ms(stride, batch, context):
+        return 1e3 * times.decode(np.array([stride]), np.array([batch]), np.array([batch * context]))[0]
+
+    assert ms(4, 3, 600) == pytest.approx(12 + 6) and ms(AR, 3, 600) == pytest.approx(3 + 6)
+    assert ms(4, 9, 100) == pytest.approx(36 + 1) and ms(4, 1, 5000) == ms(4, 1, 1100)
+    assert ms(2, 5, 100) == ms(2, 5, 1100) == pytest.approx(11)
+    assert ms(3, 5, 100) == pytest.approx((11 + 21) / 2)
 
 
 def test_results_survive_the_disk_and_become_a_page_and_plots(tmp_path):
