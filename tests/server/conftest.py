@@ -16,7 +16,7 @@ SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--
 _SHARED = ("ar", "isd", "isd_sync", "isd_rejection", "isd_tight")
 _FIRST = ("isd_sync", "isd_rejection", "isd_tight")
 _LATE = ("risd_ar", "risd")
-# Modules whose tests start servers in their midst.
+# Modules whose tests start servers in their midst: last of all, when no other server is left.
 _STARTING = {"test_bench.py", "test_published_config.py"}
 _ENOUGH = 200  # other tests, behind which a server can start unnoticed
 
@@ -25,24 +25,20 @@ def _in_its_midst(item) -> bool:
     return item.path.name in _STARTING and item.path.is_relative_to(Path(__file__).parent)
 
 
-def _starts_its_own(item) -> bool:
-    return bool(fleet.asked_for(item) - {*_SHARED, *_LATE}) or _in_its_midst(item)
-
-
 def pytest_collection_modifyitems(items):
     """Tests with a server of their own come behind those of the shared ones, most of which have ended by then, and behind one another
     where they share it: all servers at a time are more than 24 GB hold.
     """
     first: dict[str, int] = {}
 
-    def place(item) -> tuple[bool, bool, int]:
+    def place(item) -> tuple[bool, bool, bool, int]:
         asked = fleet.asked_for(item)
         own = asked - {*_SHARED, *_LATE}
-        if not _starts_its_own(item):
-            group = next((i for i, name in enumerate(_FIRST) if name in asked), len(_FIRST))
+        if own:
+            group = min(first.setdefault(name, len(first)) for name in sorted(own))
         else:
-            group = min((first.setdefault(name, len(first)) for name in sorted(own)), default=len(first))
-        return not asked.isdisjoint(_LATE), _starts_its_own(item), group
+            group = next((i for i, name in enumerate(_FIRST) if name in asked), len(_FIRST))
+        return _in_its_midst(item), not asked.isdisjoint(_LATE), bool(own), group
 
     items.sort(key=place)
 
