@@ -3,11 +3,13 @@
 import json
 import shlex
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from idlm_sglang.config import AUTO, SettingError, stride_or_auto
+from idlm_sglang.platform.float32 import float32_environ
 from idlm_sglang.serving.options import DEMO_NAME
 
 STOCK, AR, ISD, URL = "stock", "ar", "isd", "url"
@@ -97,9 +99,16 @@ def command(arm: Arm, model: Path | str, embedded: bool, common: tuple[str, ...]
         # A dLLM of SGLang's own reads the published architecture as what it is.
         own = "--dllm-algorithm" in arm.flags
         served = model if own or not Path(model).is_dir() else stock_checkpoint(Path(model), scratch)
-        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *flags], {"SGLANG_PLUGINS": _other_plugins()}
+        environ = {"SGLANG_PLUGINS": _other_plugins()} | float32_environ(_dtype(flags))  # with the plugin, a server sees to it itself
+        return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *flags], environ
     own = ["--ar"] if arm.kind == AR else ["--stride", str(arm.stride), "--selfcheck", "0"]
     return [sys.executable, "-P", "-m", "idlm_sglang.serving.cli", "serve", str(model), *own, "--verbose", *flags], {}
+
+
+def _dtype(flags: list[str]) -> str | None:
+    reader = ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--dtype")
+    return reader.parse_known_args(flags)[0].dtype
 
 
 def _other_plugins() -> str:

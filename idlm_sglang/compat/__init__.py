@@ -50,6 +50,7 @@ from idlm_sglang.compat.requests import (
 )
 from idlm_sglang.compat.reserve import allocate_in_use, chunk_that_fits, need_in_use, note_chunk, reserve_in_use, retract_beside_chunk, room_for_masks
 from idlm_sglang.compat.start import (
+    compute_in_float32,
     model_class_on_demand,
     packed_anew,
     page_table_on_host,
@@ -122,6 +123,7 @@ PATCHES = (
     Patch(_SRT + "configs.model_config.ModelConfig.from_server_args", "AFTER", serve_as_idlm),
     Patch(_SRT + "model_loader.utils.get_model_architecture", "BEFORE", model_class_on_demand),
     Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", refuse_before_resolution),
+    Patch(_SRT + "arg_groups.pipeline.run_resolution_pipeline", "BEFORE", compute_in_float32),
     Patch(_SRT + "entrypoints.engine._server_args_for_logging", "AFTER", without_secrets),
     Patch(_SRT + "managers.scheduler.Scheduler.is_disable_overlap_for_batch", "AFTER", grammar_waits),
     Patch(_SRT + "managers.scheduler.Scheduler._add_request_to_queue", "BEFORE", admit),

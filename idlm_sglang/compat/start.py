@@ -1,9 +1,13 @@
 """Before a server serves: sizes, model class and configuration, settings that cannot be served."""
 
+import logging
 import os
 
 from idlm_sglang.compat.running import is_isd
 from idlm_sglang.config import ALGORITHM, SettingError
+from idlm_sglang.platform.float32 import float32_environ
+
+logger = logging.getLogger(__name__)
 
 
 def room_for_strides(result: int) -> int:
@@ -86,6 +90,18 @@ def refuse_before_resolution(server_args) -> None:
     elif "IDLM_LORA" in os.environ:
         allowed = f"--speculative-algorithm {ALGORITHM}, or IDLM_LORA unset"
         raise SettingError(f"IDLM_LORA={os.environ['IDLM_LORA']} has no meaning with --speculative-algorithm {server_args.speculative_algorithm}; allowed: {allowed}")
+
+
+def compute_in_float32(server_args) -> None:
+    """What: where ``--dtype float32`` is served on a GPU, the environment asks SGLang and Triton for float32, unless the user's asks for something else.
+    Why: SGLang's norms end such a start, and its attention would multiply in TF32.
+    Guard: the hook applied; tests/serving/on_gpu.py.
+    Goes when: ``rmsnorm`` of sgl_kernel takes float32, and SGLang's Triton attention says its ``input_precision``.
+    """
+    lacking = float32_environ(server_args.dtype)
+    os.environ.update(lacking)
+    if lacking:
+        logger.info("idlm: float32 on a GPU: %s", " ".join(f"{name}={value}" for name, value in lacking.items()))
 
 
 _SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 
+from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from idlm_sglang import adapter, checkpoint
@@ -84,15 +85,16 @@ def refuse_unserved(server_args) -> None:
 
 
 def choose_backend(server_args) -> None:
-    """On a GPU, name an attention backend where the user named none: SGLang's own choice may be one that cannot verify."""
-    if accelerator_available() and all(getattr(server_args, field) is None for field in BACKEND_FIELDS):
-        server_args.attention_backend = DEFAULT_GPU_BACKEND
+    """On a GPU, name an attention backend where the user left it open, all of it or a half: SGLang's own choice may be one that cannot verify."""
+    if accelerator_available() and server_args.attention_backend is None:
+        declare_resolution(server_args, "idlm_sglang", attention_backend=DEFAULT_GPU_BACKEND)
         logger.info("idlm: attention backend %s", DEFAULT_GPU_BACKEND)
 
 
 def _verifies(server_args) -> str | None:
-    """The attention backend of decode forwards, as far as it is named."""
-    return next((name for name in (getattr(server_args, field) for field in reversed(BACKEND_FIELDS)) if name is not None), None)
+    """The attention backend of verify forwards, as far as it is named: where prompts and decode steps have one each, that of prompts unless asked otherwise."""
+    half = server_args.decode_attention_backend if server_args.speculative_attention_mode == "decode" else server_args.prefill_attention_backend
+    return half or server_args.attention_backend
 
 
 def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:

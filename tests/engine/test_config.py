@@ -101,11 +101,12 @@ def test_settings_reach_the_processes_that_inherit_the_environment(monkeypatch):
 def test_a_branch_needs_a_backend_that_hides_columns():
     from idlm_sglang.engine.algorithm import resolve_salvage
 
-    def args(attention, decode=None):
-        return SimpleNamespace(attention_backend=attention, prefill_attention_backend=None, decode_attention_backend=decode)
+    def args(attention, prefill=None, decode=None, mode="prefill"):
+        halves = {"prefill_attention_backend": prefill, "decode_attention_backend": decode}
+        return SimpleNamespace(attention_backend=attention, **halves, speculative_attention_mode=mode)
 
     assert resolve_salvage("auto", args("torch_native")) == resolve_salvage("branch", args("torch_native")) == "branch"
-    for backend in (args("triton"), args("torch_native", "triton")):
+    for backend in (args("triton"), args("torch_native", "triton", "flashinfer"), args("torch_native", "flashinfer", "triton", "decode")):
         assert [resolve_salvage(asked, backend) for asked in ("auto", "branch", "chain")] == ["off", "branch", "chain"], "asked for, until it is measured"
     assert resolve_salvage("auto", args("flashinfer")) == "off" and resolve_salvage("chain", args("flashinfer")) == "chain"
     with pytest.raises(SettingError, match="IDLM_SALVAGE=branch .* --attention-backend flashinfer.*allowed: auto, chain, off, or --attention-backend triton"):

@@ -94,6 +94,7 @@ def test_rows_of_padding_requests_take_the_place_of_what_an_earlier_step_left():
 
 def server_args(decode="full", **fields):
     fields = {"attention_backend": "triton", "prefill_attention_backend": None, "decode_attention_backend": None, "device": "cuda"} | fields
+    fields = {"speculative_attention_mode": "prefill"} | fields
     return SimpleNamespace(**fields, cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend=decode)))
 
 
