@@ -14,7 +14,7 @@ from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.single import SingleStep
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.transfer import on_device
-from idlm_sglang.engine.warm import first_drafts, is_plain, with_masks
+from idlm_sglang.engine.warm import drafts_for, first_drafts, is_plain, with_masks
 from idlm_sglang.isd import CHAIN
 
 
@@ -89,7 +89,7 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
     Returns:
         SGLang's result of the prefill, its next tokens sampled, and that of the decode step, None without one.
     """
-    count, drafts, first = len(batch.reqs), rows.drafts if masked else 0, 0
+    count, drafts, first = len(batch.reqs), drafts_for(batch, masked, rows) if masked else 0, 0
     longer, read = with_masks(batch, masked, drafts, worker.mask_id, worker.req_to_token)
     proposing, step = len(read) - count, None
     if partner is not None:

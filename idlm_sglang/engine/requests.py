@@ -101,6 +101,11 @@ def record_of(req) -> Record:
     return found
 
 
+def last_column(req) -> int:
+    """Columns of an admitted request when its answer is as long as it may be."""
+    return len(req.origin_input_ids) + req.sampling_params.max_new_tokens
+
+
 class BatchRows:
     """Per-request constants of one decode batch, built on the host and copied to the device once.
 
@@ -152,8 +157,8 @@ class BatchRows:
 
     @cached_property
     def ends(self) -> list[int]:
-        """Columns of each request when its answer is as long as it may be."""
-        return [len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req, _ in self._coupled]
+        """:func:`last_column` of each request."""
+        return [last_column(req) for req, _ in self._coupled]
 
     def give_seeds(self, info) -> None:
         """``engine.sampler.give_seeds`` for a batch of these requests."""

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode, page_aligned_decode_alloc_lens
 
-from idlm_sglang.engine.requests import STRIDED, BatchRows
+from idlm_sglang.engine.requests import STRIDED, BatchRows, last_column
 from idlm_sglang.engine.reserve import columns
 from idlm_sglang.engine.step_inputs import Requests
 from idlm_sglang.engine.transfer import on_device
@@ -20,10 +20,16 @@ _ROWS = "idlm_masks_behind"
 
 
 def _takes_masks(req) -> bool:
-    """The request's prompt ends in this chunk and more than one token may follow."""
+    """The request's prompt ends in this chunk, and the first decode step may commit a draft."""
     plan = getattr(req, "idlm_plan", None)
     ends = req.extend_end == len(req.full_untruncated_fill_ids)
-    return ends and plan is not None and plan.mode == STRIDED and req.sampling_params.max_new_tokens > 1 and req.session is None
+    return ends and plan is not None and plan.mode == STRIDED and _useful(last_column(req), req.extend_end) > 0 and req.session is None
+
+
+def _useful(end: int, length: int) -> int:
+    """The most drafts that a first decode step can commit: it follows a prefill of ``length`` columns whose own token is one, adds one behind
+    its drafts, and the answer has no column from ``end`` on."""
+    return end - length - 2
 
 
 def is_plain(batch) -> bool:
@@ -75,6 +81,11 @@ def rows_of(batch) -> list[int]:
     return rows if batch.forward_mode.is_extend_without_speculative() and not batch.forward_mode.is_mixed() else []
 
 
+def drafts_for(batch, masked: list[int], rows: BatchRows) -> int:
+    """How many MASK rows stand behind each of the requests ``masked`` (host list of rows): K, or as many as the one with the longest answer can use."""
+    return min(rows.drafts, max((_useful(rows.ends[i], batch.prefix_lens[i] + batch.extend_lens[i]) for i in masked), default=0))
+
+
 def with_masks(batch, rows: list[int], k: int, mask_id: int, req_to_token: torch.Tensor):
     """A prefill batch with K MASK rows behind each request of ``rows``.
 
@@ -121,10 +132,10 @@ def with_masks(batch, rows: list[int], k: int, mask_id: int, req_to_token: torch
 def first_drafts(worker, batch, masked: list[int], rows: BatchRows, logits: torch.Tensor) -> None:
     """Draw the first drafts of the requests ``masked`` (host list of rows of the prefill batch) into the worker's slot state.
 
-    ``logits``: ``(len(masked) * K, V)`` of their MASK rows.
+    ``logits``: ``(len(masked) * k, V)`` of their MASK rows, ``k`` of :func:`drafts_for`.
     """
     index = on_device(torch.tensor(masked, dtype=torch.int64), worker.device)
-    proposing = logits.float().view(len(masked), rows.drafts, -1)
+    proposing = logits.float().view(len(masked), len(logits) // len(masked), -1)
     info, lengths = batch.sampling_info, batch.seq_lens[index]
     if info.logit_bias is not None:
         proposing = proposing + info.logit_bias[index][:, None]

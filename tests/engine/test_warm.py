@@ -6,7 +6,7 @@ import torch
 
 from idlm_sglang.engine.beside import with_step
 from idlm_sglang.engine.ragged import RaggedRows
-from idlm_sglang.engine.warm import with_masks
+from idlm_sglang.engine.warm import drafts_for, with_masks
 
 MASK = 99
 
@@ -43,6 +43,18 @@ def test_masks_stand_behind_their_prompts_and_the_batch_is_left_alone():
     for name, value in before.items():
         now = getattr(batch, name)
         assert torch.equal(now, value) if torch.is_tensor(value) else now == value, name
+
+
+def test_no_more_masks_than_the_longest_answer_can_use():
+    """Prompts of 4 and 9 columns, of which the prefill computes some: the token of the prefill itself, and the one behind the drafts, need none."""
+    batch = SimpleNamespace(prefix_lens=[1, 0], extend_lens=[3, 9])
+
+    def drafts(first: int, second: int, k: int = 7, masked=(0, 1)) -> int:
+        return drafts_for(batch, list(masked), SimpleNamespace(drafts=k, ends=[4 + first, 9 + second]))
+
+    assert drafts(2, 2) == 0 and drafts(3, 2) == 1 and drafts(3, 8) == 6
+    assert drafts(100, 3) == 7 and drafts(100, 3, masked=[1]) == 1
+    assert drafts(100, 100, k=3) == 3
 
 
 def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():
