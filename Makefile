@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.idlm-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test deploy-check soak bench clean
+.PHONY: help install serve check test deploy-check gpu-check soak bench clean
 
 help: ## list the targets
 	@echo "make TARGET [PORT=$(PORT)] [HOST=$(HOST)] [MODEL=checkpoint] [ARGS=...] [VENV=$(VENV)] [PYTHON=python3]"
@@ -33,6 +33,9 @@ test: $(STAMP) ## run the tests
 
 deploy-check: $(STAMP) ## check deploy/ with every tool: prometheus, kubectl, docker compose, unshare, jq (minutes)
 	@IDLM_DEPLOY_CHECK=1 exec "$(BIN)/python" -m pytest tests/deploy $(ARGS)
+
+gpu-check: $(STAMP) ## on a machine with a GPU: what only one can show, into gpu-check/table.md (ARGS="--only answers"; up to two hours)
+	@exec "$(BIN)/python" -m tests.gpu_check $(ARGS)
 
 soak: $(STAMP) ## 20,000 requests under fire, killed processes, hostile requests, a router (about an hour and a half; SOAK_REQUESTS=500 for a short one)
 	@IDLM_SOAK=1 exec "$(BIN)/python" -m pytest tests/soak -s $(ARGS)

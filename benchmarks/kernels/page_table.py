@@ -1,6 +1,6 @@
 """New KV slots into SGLang's page table: `platform.page_table.assign_req_to_token`, W columns per request.
 
-The CPU platform's stand-in for SGLang's Triton kernel, which is the alternative where there is a GPU.
+The CPU platform's stand-in for SGLang's Triton kernel, which does it where there is a GPU: no cases there.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.harness import LIBRARY, OURS, REFERENCE, Arm, Case, Options
+from benchmarks.kernels.harness import OURS, REFERENCE, Arm, Case, Options
 from benchmarks.kernels.inputs import BATCHES, STRIDES
 from idlm_sglang.platform.page_table import assign_req_to_token
 
@@ -21,7 +21,7 @@ def arms_of(batch: int, stride: int, options: Options) -> list[Arm]:
     start = torch.randint(0, COLUMNS - width, (batch,), device=device)
     end = start + width
     slots = torch.randperm(batch * width, device=device) + 1
-    tables = {name: torch.zeros(batch + 1, COLUMNS, dtype=torch.int32, device=device) for name in ("ours", "loop", "sglang")}
+    tables = {name: torch.zeros(batch + 1, COLUMNS, dtype=torch.int32, device=device) for name in ("ours", "loop")}
 
     def ours() -> torch.Tensor:
         assign_req_to_token(pool, tables["ours"], start, end, slots, batch)
@@ -34,20 +34,15 @@ def arms_of(batch: int, stride: int, options: Options) -> list[Arm]:
             offset += last - first
         return tables["loop"]
 
-    def by_sglang() -> torch.Tensor:
-        from sglang.srt.mem_cache.allocation import assign_req_to_token_pool_func
-
-        assign_req_to_token_pool_func(pool, tables["sglang"], start, end, slots, batch)
-        return tables["sglang"]
-
     return [
-        *([Arm("ours", OURS, ours)] if torch.device(device).type == "cpu" else []),
+        Arm("ours", OURS, ours),
         Arm("loop over requests", REFERENCE, in_loops),
-        Arm("SGLang, Triton", LIBRARY, by_sglang, needs_gpu=True),
     ]
 
 
 def cases(options: Options) -> Iterator[Case]:
+    if torch.device(options.device).type != "cpu":
+        return
     for batch in (1, 8) if options.quick else BATCHES:
         for stride in (4,) if options.quick else STRIDES:
             yield Case("assign", {"batch": batch, "stride": stride}, partial(arms_of, batch, stride, options))

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from pathlib import Path
 import requests
 
 from idlm_sglang.demo import CHECKPOINT_DIR, corpus
+from idlm_sglang.platform import accelerator_available
 from idlm_sglang.serving.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = str(CHECKPOINT_DIR)
 START_SECONDS = 240
+# Of every server on a GPU, in front of a test's own: several share its memory, and what they compute is to be the same in each.
+GPU_FLAGS = "--attention-backend triton --sampling-backend pytorch --mem-fraction-static 0.1 --max-total-tokens 65536 --cuda-graph-backend-prefill disabled"
 
 _OF_THREAD = threading.local()
 
@@ -43,6 +47,11 @@ def side_by_side(*servers: "Server"):
             server.stop()
 
 
+def common_flags() -> list[str]:
+    """SGLang's flags for every server of the tests: those of ``IDLM_TEST_SERVER_FLAGS``, without it ``GPU_FLAGS`` where there is a GPU."""
+    return shlex.split(os.environ.get("IDLM_TEST_SERVER_FLAGS", GPU_FLAGS if accelerator_available() else ""))
+
+
 def with_pythonpath(directory: str) -> str:
     """``PYTHONPATH`` that puts a directory of these tests, with its ``sitecustomize``, before what is there already."""
     return os.pathsep.join(filter(None, [str(Path(__file__).parent / directory), os.environ.get("PYTHONPATH")]))
@@ -57,12 +66,14 @@ class Server:
         self.log = logs / f"{name}.log"
         self.command = [sys.executable, "-m", module, "--model-path", model, "--dtype", dtype]
         # Idle schedulers would otherwise spin on the two cores the servers share.
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--sleep-on-idle", *flags]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--sleep-on-idle", *common_flags(), *flags]
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_LOG_MS": "0", "IDLM_SELFCHECK": "0", "IDLM_CPU_OVERLAP": "1"}
         if "--speculative-num-steps" not in flags:
             # Fixed, so that a test knows its rows; those of the controller ask for it.
             self.env["IDLM_STRIDE"] = "4"
         self.env.update(env or {})
+        if accelerator_available():
+            self.env.pop("SGLANG_IS_IN_CI", None)  # its assertions are compiled there, by whichever request comes first
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [self.env.get("PYTHONPATH"), str(ROOT)]))
         self.process, self.ended = None, False
 
@@ -172,7 +183,7 @@ class IdlmServe(Server):
     def __init__(self, name: str, logs: Path):
         super().__init__(name, CHECKPOINT, logs)
         # Idle schedulers would spin on the cores that the tests share.
-        words = ["serve", "--port", str(self.port), "--log-file", str(logs / f"{name}.server.log"), "--api-key", self.KEY, "--sleep-on-idle"]
+        words = ["serve", "--port", str(self.port), "--log-file", str(logs / f"{name}.server.log"), "--api-key", self.KEY, "--sleep-on-idle", *common_flags()]
         self.command = [sys.executable, "-m", "idlm_sglang.serving.cli", *words]
         self.env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
