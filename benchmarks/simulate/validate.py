@@ -15,6 +15,7 @@ from benchmarks.simulate.controlled import Controlled
 from benchmarks.simulate.loop import Fixed, Load, run
 from benchmarks.simulate.measured_times import MeasuredTimes
 from benchmarks.simulate.roofline import AR
+from idlm_sglang.isd.stride import ladder
 
 STOCK = "stock"
 
@@ -62,8 +63,9 @@ def check(step_time: Path, bench: Bench, seed: int = 0) -> list[Checked]:
         ar = run(times, Fixed(AR), Acceptance((0.0,)), load, seed).total[0]
         for arm in (a for a in arms if (a, c) in bench.rows):
             name = arm.removeprefix("isd:")
-            policy = Controlled([times], load.slots, salvage=False, seed=seed) if name == "auto" else Fixed(int(name))
             acceptance = Acceptance((0.0,)) if name == "1" else bench.acceptance(arm)
+            chooses = name == "auto"  # up to the stride of the last position that was ever tried
+            policy = Controlled([times], load.slots, salvage=False, seed=seed, strides=ladder(len(acceptance.linear) + 1)) if chooses else Fixed(int(name))
             got = run(times, policy, acceptance, load, seed, warm=True)
             told = bench.ratio(arm, STOCK, c)
             found.append(Checked(arm, c, float(got.total[0] / ar), told.mean, told.low, told.high, float(got.per_round[0]), bench.per_round(arm, c)))
