@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS, KERNELS, BRANCH = {"IDLM_DECODE_GRAPHS": "on"}, {"IDLM_STEP_OPS": "triton"}, {"IDLM_SALVAGE": "branch"}
+_MARK = "IDLM_GPU_CHECK"  # in the environment of whatever a check starts
 # Of one kind in both arms: SGLang's choice for AR, FA3, is not everywhere, and another one's answers in bf16 are others'.
 _ALIKE = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 
@@ -101,36 +103,33 @@ CHECKS = (
 
 
 def run(check: Check, out: Path, limit: float) -> tuple[str, float, str]:
-    """``passed``, ``failed`` or ``too long``; seconds; and what it said last."""
-    began, log = time.monotonic(), out / f"{check.name}.log"
+    """``passed``, ``failed`` or ``too long``; seconds; and what it said last. Nothing of it runs behind this."""
+    began, log, mark = time.monotonic(), out / f"{check.name}.log", uuid.uuid4().hex
     command = [sys.executable, *(word.replace("{out}", str(out)) for word in check.command)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | check.environ, stdout=file, stderr=file, start_new_session=True)
+        environ = os.environ | check.environ | {_MARK: mark}
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True)
         try:
             state = "passed" if process.wait(timeout=limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
             state = "too long"
-        _end(process)
+        finally:
+            _end(process, mark)
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return state, time.monotonic() - began, said[-1].strip("= ")[:160] if said else ""
 
 
-def _end(process: subprocess.Popen) -> None:
-    """It and the servers that it started, which have sessions of their own; it gets a moment to end them itself."""
-    try:
-        started = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        started = []
+def _end(process: subprocess.Popen, mark: str) -> None:
+    """It, which gets a moment to end its servers itself, and the servers: they have sessions of their own, and hold memory of the GPU."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for child in started:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
+    for left in psutil.process_iter():
+        with suppress(psutil.Error):
+            if left.environ().get(_MARK) == mark:
+                left.kill()
+    process.wait()
 
 
 def chosen(names: Sequence[str]) -> list[Check]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -43,23 +44,42 @@ def test_the_page_names_every_check():
 
 
 def test_a_check_that_fails_or_hangs_keeps_no_other_from_running(tmp_path):
-    lasting = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)  # {tmp_path.name}'], start_new_session=True); time.sleep(600)"
+    serving = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)  # {tmp_path.name}'], start_new_session=True)"
     checks = [
         Check("fails", ("-c", "print('what went wrong'); raise SystemExit(3)"), 60),
-        Check("hangs", ("-c", lasting), 2),
+        Check("hangs", ("-c", f"{serving}; time.sleep(600)"), 2),
+        Check("killed", ("-c", f"{serving}; os.kill(os.getpid(), 9)"), 60),
         Check("passes", ("-c", "import os; print(os.environ['IDLM_STEP_OPS'])"), 60, gpu_check.KERNELS),
     ]
     said = []
-    assert gpu_check.run_all(checks, tmp_path, 5, "a machine", said.append) == 2
-    assert [line.split(",")[0] for line in said] == ["fails: failed", "hangs: too long", "passes: passed"]
+    assert gpu_check.run_all(checks, tmp_path, 5, "a machine", said.append) == 3
+    assert [line.split(",")[0] for line in said] == ["fails: failed", "hangs: too long", "killed: failed", "passes: passed"]
     table = (tmp_path / "table.md").read_text()
     assert "a machine" in table and "| fails | failed |" in table and "what went wrong" in table and "`IDLM_STEP_OPS=triton python -c" in table
     assert "| passes | passed |" in table and table.rstrip().endswith("| triton |")
+    assert left_of(tmp_path.name) == [], "a server was left behind"
+    assert gpu_check.run_all(checks, tmp_path, 0, "a machine", said.append) == 4 and "no time left" in said[-1]
+
+
+def left_of(name: str) -> list[int]:
+    """Processes with that in their command, those that are just ending given a moment."""
     deadline = time.monotonic() + 10
-    while any(tmp_path.name in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])) and time.monotonic() < deadline:
+    while found := [p.pid for p in psutil.process_iter(["cmdline", "status"]) if name in " ".join(p.info["cmdline"] or []) and p.info["status"] != psutil.STATUS_ZOMBIE]:
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.1)
-    assert not any(tmp_path.name in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])), "a server was left behind"
-    assert gpu_check.run_all(checks, tmp_path, 0, "a machine", said.append) == 3 and "no time left" in said[-1]
+    return found
+
+
+def test_an_interrupt_ends_the_check_that_runs(tmp_path):
+    code = f"from pathlib import Path; from tests import gpu_check as g; g.run(g.Check('long', ('-c', 'import time; time.sleep(600)  # {tmp_path.name}'), 600), Path({str(tmp_path)!r}), 600)"
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path.name in " ".join(p.info["cmdline"] or [])) and p.ppid() == running.pid for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) != 0 and left_of(tmp_path.name) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from idlm_sglang.config import AUTO, SettingError, stride_or_auto
-from idlm_sglang.platform.float32 import float32_environ
+from idlm_sglang.platform.float32 import ATTENTION, float32_environ, in_float32
 from idlm_sglang.serving.options import DEMO_NAME
 
 STOCK, AR, ISD, URL = "stock", "ar", "isd", "url"
@@ -99,16 +99,23 @@ def command(arm: Arm, model: Path | str, embedded: bool, common: tuple[str, ...]
         # A dLLM of SGLang's own reads the published architecture as what it is.
         own = "--dllm-algorithm" in arm.flags
         served = model if own or not Path(model).is_dir() else stock_checkpoint(Path(model), scratch)
-        environ = {"SGLANG_PLUGINS": _other_plugins()} | float32_environ(_dtype(flags))  # with the plugin, a server sees to it itself
+        # With the plugin, a server sees to float32 itself.
+        dtype, attention = _named(flags)
+        environ = {"SGLANG_PLUGINS": _other_plugins()} | float32_environ(dtype)
+        if in_float32(dtype) and attention is None:
+            flags += ["--attention-backend", ATTENTION]
         return [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", str(served), *flags], environ
     own = ["--ar"] if arm.kind == AR else ["--stride", str(arm.stride), "--selfcheck", "0"]
     return [sys.executable, "-P", "-m", "idlm_sglang.serving.cli", "serve", str(model), *own, "--verbose", *flags], {}
 
 
-def _dtype(flags: list[str]) -> str | None:
+def _named(flags: list[str]) -> tuple[str | None, str | None]:
+    """The precision and the attention backend."""
     reader = ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--dtype")
-    return reader.parse_known_args(flags)[0].dtype
+    reader.add_argument("--attention-backend")
+    found = reader.parse_known_args(flags)[0]
+    return found.dtype, found.attention_backend
 
 
 def _other_plugins() -> str:

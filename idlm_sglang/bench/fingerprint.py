@@ -18,7 +18,7 @@ from idlm_sglang.serving.device import device_name
 _PACKAGES = ("idlm-sglang", "sglang", "torch", "transformers", "triton", "flashinfer-python")
 _WHOLE = 2**30  # bytes of weights that are read whole; of larger files the first and last MiB
 _EDGE = 2**20
-_FLAGS = ("dtype", "attention_backend", "tp_size", "dp_size", "page_size", "disable_overlap_schedule", "disable_radix_cache", "mem_fraction_static",
+_FLAGS = ("dtype", "attention_backend", "prefill_attention_backend", "decode_attention_backend", "tp_size", "dp_size", "page_size", "disable_overlap_schedule", "disable_radix_cache", "mem_fraction_static",
           "max_running_requests", "chunked_prefill_size", "speculative_algorithm", "speculative_num_draft_tokens", "cuda_graph_max_bs", "version")  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import os
 
 from idlm_sglang.compat.running import is_isd
 from idlm_sglang.config import ALGORITHM, SettingError
-from idlm_sglang.platform.float32 import float32_environ
+from idlm_sglang.platform.float32 import ATTENTION, float32_environ, in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +93,17 @@ def refuse_before_resolution(server_args) -> None:
 
 
 def compute_in_float32(server_args) -> None:
-    """What: where ``--dtype float32`` is served on a GPU, the environment asks SGLang and Triton for float32, unless the user's asks for something else.
-    Why: SGLang's norms end such a start, and its attention would multiply in TF32.
+    """What: where ``--dtype float32`` is served on a GPU, environment and attention backend are those that compute in it, as far as the user names none.
+    Why: SGLang's norms and its own choice of attention have no float32, and Triton would multiply in TF32.
     Guard: the hook applied; tests/serving/on_gpu.py.
     Goes when: ``rmsnorm`` of sgl_kernel takes float32, and SGLang's Triton attention says its ``input_precision``.
     """
+    if not in_float32(server_args.dtype):
+        return
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if server_args.attention_backend is None:
+        declare_resolution(server_args, "idlm_sglang", attention_backend=ATTENTION)
     lacking = float32_environ(server_args.dtype)
     os.environ.update(lacking)
     if lacking:

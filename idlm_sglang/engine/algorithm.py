@@ -93,13 +93,24 @@ def choose_backend(server_args) -> None:
 
 def _verifies(server_args) -> str | None:
     """The attention backend of verify forwards, as far as it is named: where prompts and decode steps have one each, that of prompts unless asked otherwise."""
-    half = server_args.decode_attention_backend if server_args.speculative_attention_mode == "decode" else server_args.prefill_attention_backend
-    return half or server_args.attention_backend
+    prompts, steps = _halves(server_args)
+    return steps if server_args.speculative_attention_mode == "decode" else prompts
+
+
+def _halves(server_args) -> tuple[str | None, str | None]:
+    """The attention backends of prompts and of decode steps."""
+    return tuple(getattr(server_args, half) or server_args.attention_backend for half in BACKEND_FIELDS[1:])
 
 
 def resolve_salvage(salvage: str, server_args, graphs: str = OFF) -> str:
     """What a rejection leaves, for the attention backend in use; :class:`SettingError` for a branch where it cannot hide columns."""
-    backend = _verifies(server_args)
+    backend, (prompts, steps) = _verifies(server_args), _halves(server_args)
+    if salvage == BRANCH and prompts != steps:
+        # SGLang's backend of both halves takes no mask for one of them.
+        raise SettingError(
+            f"IDLM_SALVAGE={salvage} cannot be served with --prefill-attention-backend {prompts} and --decode-attention-backend {steps}; "
+            f"allowed: auto, chain, off, or --attention-backend {DEFAULT_GPU_BACKEND} for both"
+        )
     if salvage == AUTO:
         return BRANCH if backend == MASKING_BACKENDS[0] and graphs == OFF else OFF
     if graphs == ON and salvage == BRANCH and backend != GRAPH_BACKEND:

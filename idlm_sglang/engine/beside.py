@@ -89,7 +89,8 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
     Returns:
         SGLang's result of the prefill, its next tokens sampled, and that of the decode step, None without one.
     """
-    count, drafts, first = len(batch.reqs), drafts_for(batch, masked, rows) if masked else 0, 0
+    count, drafts, first = len(batch.reqs), drafts_for(batch, masked, rows), 0
+    masked = masked if drafts else []
     longer, read = with_masks(batch, masked, drafts, worker.mask_id, worker.req_to_token)
     proposing, step = len(read) - count, None
     if partner is not None:

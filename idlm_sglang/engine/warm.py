@@ -82,8 +82,9 @@ def rows_of(batch) -> list[int]:
 
 
 def drafts_for(batch, masked: list[int], rows: BatchRows) -> int:
-    """How many MASK rows stand behind each of the requests ``masked`` (host list of rows): K, or as many as the one with the longest answer can use."""
-    return min(rows.drafts, max((_useful(rows.ends[i], batch.prefix_lens[i] + batch.extend_lens[i]) for i in masked), default=0))
+    """How many MASK rows stand behind each of the requests ``masked`` (host list of rows): as many as one of them may carry and can use."""
+    useful = (min(rows.limits_host[i], _useful(rows.ends[i], batch.prefix_lens[i] + batch.extend_lens[i])) for i in masked)
+    return max(useful, default=0)
 
 
 def with_masks(batch, rows: list[int], k: int, mask_id: int, req_to_token: torch.Tensor):

@@ -109,7 +109,7 @@ def describe(server_args: Any) -> dict[str, Any]:
         "concurrency": cfg.max_running_requests,
         "device": device_name(cfg.device),
         "platform": type(current_platform).__name__,
-        "attention": cfg.attention_backend,
+        "attention": _attention(cfg),
         "tp": cfg.tp_size,
         "dp": cfg.dp_size,
         "metrics": cfg.enable_metrics,
@@ -119,6 +119,12 @@ def describe(server_args: Any) -> dict[str, Any]:
         "tls": bool(cfg.ssl_certfile),
         "key": bool(cfg.api_key),
     }
+
+
+def _attention(cfg) -> str:
+    """The attention backend, or those of prompts and of decode steps."""
+    prompts, steps = (half or cfg.attention_backend for half in (cfg.prefill_attention_backend, cfg.decode_attention_backend))
+    return prompts if prompts == steps else f"{prompts} for prompts, {steps} for steps"
 
 
 def _adapter(path: str | None) -> dict[str, Any] | None:

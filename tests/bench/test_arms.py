@@ -52,6 +52,17 @@ def test_stock_sglang_reads_the_checkpoint_as_its_own_class_and_loads_no_plugin_
     assert (served / "model.safetensors").resolve() == (CHECKPOINT_DIR / "model.safetensors").resolve()
 
 
+def test_stock_sglang_computes_in_float32_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    words, environ = command(parse("stock"), CHECKPOINT_DIR, True, (), 31000, tmp_path)
+    assert words[words.index("--attention-backend") + 1] == "triton" and environ["TRITON_F32_DEFAULT"] == "ieee"
+    words, environ = command(parse("a=stock --dtype bfloat16"), CHECKPOINT_DIR, True, (), 31000, tmp_path)
+    assert "--attention-backend" not in words and "TRITON_F32_DEFAULT" not in environ
+    words, _ = command(parse("a=stock --attention-backend=fa3"), CHECKPOINT_DIR, True, (), 31000, tmp_path)
+    assert "triton" not in words, "what was typed stays"
+
+
 @pytest.mark.parametrize("text", ["stock", "ar", "isd:4"])
 def test_every_arm_of_the_embedded_checkpoint_is_told_its_precision_and_its_name(text, tmp_path):
     words, _ = command(parse(text), CHECKPOINT_DIR, True, (), 31000, tmp_path)

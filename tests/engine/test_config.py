@@ -106,8 +106,12 @@ def test_a_branch_needs_a_backend_that_hides_columns():
         return SimpleNamespace(attention_backend=attention, **halves, speculative_attention_mode=mode)
 
     assert resolve_salvage("auto", args("torch_native")) == resolve_salvage("branch", args("torch_native")) == "branch"
-    for backend in (args("triton"), args("torch_native", "triton", "flashinfer"), args("torch_native", "flashinfer", "triton", "decode")):
+    for backend in (args("triton"), args("torch_native", "triton", "triton")):
         assert [resolve_salvage(asked, backend) for asked in ("auto", "branch", "chain")] == ["off", "branch", "chain"], "asked for, until it is measured"
+    for backend in (args("triton", "flashinfer"), args("triton", decode="flashinfer"), args("flashinfer", "flashinfer", "triton", "decode")):
+        assert [resolve_salvage(asked, backend) for asked in ("auto", "chain")] == ["off", "chain"]
+        with pytest.raises(SettingError, match="--prefill-attention-backend .* and --decode-attention-backend .*; allowed: "):
+            resolve_salvage("branch", backend)
     assert resolve_salvage("auto", args("flashinfer")) == "off" and resolve_salvage("chain", args("flashinfer")) == "chain"
     with pytest.raises(SettingError, match="IDLM_SALVAGE=branch .* --attention-backend flashinfer.*allowed: auto, chain, off, or --attention-backend triton"):
         resolve_salvage("branch", args("flashinfer"))

@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from idlm_sglang.engine.beside import with_step
 from idlm_sglang.engine.ragged import RaggedRows
-from idlm_sglang.engine.warm import drafts_for, with_masks
+from idlm_sglang.engine.requests import STRIDED
+from idlm_sglang.engine.warm import _takes_masks, drafts_for, with_masks
 
 MASK = 99
 
@@ -49,12 +51,25 @@ def test_no_more_masks_than_the_longest_answer_can_use():
     """Prompts of 4 and 9 columns, of which the prefill computes some: the token of the prefill itself, and the one behind the drafts, need none."""
     batch = SimpleNamespace(prefix_lens=[1, 0], extend_lens=[3, 9])
 
-    def drafts(first: int, second: int, k: int = 7, masked=(0, 1)) -> int:
-        return drafts_for(batch, list(masked), SimpleNamespace(drafts=k, ends=[4 + first, 9 + second]))
+    def drafts(first: int, second: int, limits=(7, 7), masked=(0, 1)) -> int:
+        return drafts_for(batch, list(masked), SimpleNamespace(limits_host=limits, ends=[4 + first, 9 + second]))
 
     assert drafts(2, 2) == 0 and drafts(3, 2) == 1 and drafts(3, 8) == 6
-    assert drafts(100, 3) == 7 and drafts(100, 3, masked=[1]) == 1
-    assert drafts(100, 100, k=3) == 3
+    assert drafts(100, 3) == 7 and drafts(100, 3, masked=[1]) == 1 and drafts(100, 3, masked=[]) == 0
+    assert drafts(100, 100, (3, 3)) == 3 and drafts(100, 4, (1, 7)) == 2 and drafts(100, 100, (0, 0)) == 0, "nobody's own stride is exceeded"
+
+
+@pytest.mark.parametrize("left, takes", [(1, False), (2, False), (3, True), (50, True)])
+def test_masks_are_for_answers_that_can_use_a_draft(left, takes):
+    """Also when a request comes back from a retraction with the tokens that it had."""
+    for output in (0, 6):
+        params, plan = SimpleNamespace(max_new_tokens=output + left), SimpleNamespace(mode=STRIDED)
+        req = SimpleNamespace(idlm_plan=plan, sampling_params=params, session=None, origin_input_ids=[1] * 9)
+        req.full_untruncated_fill_ids = [1] * (9 + output)
+        req.extend_end = 9 + output
+        assert _takes_masks(req) is takes
+        req.extend_end -= 1
+        assert not _takes_masks(req), "the prompt goes on in a later chunk"
 
 
 def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():

@@ -102,8 +102,9 @@ class Arm:
     def at_stride(self, stride: int) -> None:
         self.rows = BatchRows(self.reqs, [req.idlm_plan for req in self.reqs], self.worker.settings, stride, VOCAB, self.device)
 
-    def first(self, logits: torch.Tensor) -> None:
-        rows, k = list(range(0, len(self.reqs), 2)), self.rows.drafts
+    def first(self, logits: torch.Tensor, fewer: int = 0) -> None:
+        """``fewer``: than the stride has drafts."""
+        rows, k = list(range(0, len(self.reqs), 2)), self.rows.drafts - fewer
         first_drafts(self.worker, self.batch, rows, self.rows, logits[: len(rows), :k].reshape(len(rows) * k, VOCAB).to(self.device))
 
     def prepare(self, logits: torch.Tensor) -> None:
@@ -184,6 +185,33 @@ def test_both_kinds_of_ops_take_the_worker_through_the_same_steps(salvage, token
         rejected += int((stats[:, 1] < stats[:, 0]).sum())
     print(f"salvage {salvage}: {accepted} drafts accepted, {rejected} rounds ended by a rejection")
     assert accepted >= 5 and rejected >= 3
+
+
+@pytest.mark.parametrize("kind", [TORCH, TRITON])
+@pytest.mark.parametrize("salvage", [OFF, BRANCH])
+def test_behind_few_first_drafts_nothing_is_left_of_what_the_slots_held(kind, salvage, tokenizer, device, monkeypatch):
+    """Short answers have fewer MASK rows behind their prompts than the stride has drafts."""
+    monkeypatch.setattr(IsdVerifyInput, "prepare_for_verify", lambda self, batch, worker, **_: (None, False))
+    clean, full = (Arm(kind, mixture(tokenizer), salvage, device) for _ in range(2))
+    state = full.worker.state
+    state.drafts.fill_(7)
+    state.log_q.fill_(-0.25), state.sure.fill_(-0.5), state.q.fill_(1 / VOCAB)
+    random = torch.Generator().manual_seed(11)
+    common = torch.randn(VOCAB, generator=random) * 3
+    tried = 0
+    for number in range(3):
+        logits = common + torch.randn(len(clean.reqs), 2 * K + 1, VOCAB, generator=random) * 0.5
+        logits[..., MASK] = float("-inf")
+        for arm in (clean, full):
+            if number == 0:
+                arm.first(logits, fewer=K - 1)
+        (want, stats), (got, full_stats) = (arm.step(logits) for arm in (clean, full))
+        assert got == want
+        torch.testing.assert_close(full_stats, stats, rtol=1e-5, atol=1e-5)
+        assert_equal_arms(clean, full)
+        tried += 0 if number else int(stats[:, 0].sum())
+    assert 0 < tried <= len(clean.reqs), "one draft of every other request"
+
 
 
 @pytest.mark.parametrize("salvage", [CHAIN, BRANCH])

@@ -16,7 +16,7 @@ SERVED = ("--enable-custom-logit-processor", "--tool-call-parser", "qwen25", "--
 _SHARED = ("ar", "isd", "isd_sync", "isd_rejection", "isd_tight")
 _FIRST = ("isd_sync", "isd_rejection", "isd_tight")
 _LATE = ("risd_ar", "risd")
-# Modules whose tests start servers in their midst: last of all, when no other server is left.
+# Modules whose tests start servers in their midst: last of all, beside the few servers that they ask for.
 _STARTING = {"test_bench.py", "test_published_config.py"}
 _ENOUGH = 200  # other tests, behind which a server can start unnoticed
 

@@ -53,13 +53,17 @@ def test_counts_agree_with_the_answers(isd, stride):
 def test_the_first_decode_step_has_drafts(isd, params):
     """MASK rows behind the prompt draw them, for prompts that are new, cached and prefilled together."""
     texts = prompts(24, seed=17)
-    calls = [{"prompt": p, "stride": 4, "max_new_tokens": 2, "ignore_eos": True, **params} for p in texts + texts]
+    calls = [{"prompt": p, "stride": 4, "max_new_tokens": 3, "ignore_eos": True, **params} for p in texts + texts]
     _, delta = change(isd, calls)
-    assert delta['idlm:rounds_total{kind="cold"}'] == 0
-    assert delta['idlm:rounds_total{kind="verify"}'] == len(calls)
-    proposed, accepted = (delta[f'idlm:drafts_{what}_total{{position="1"}}'] for what in ("proposed", "accepted"))
+    proposed, accepted, beyond = (delta[f"idlm:drafts_{name}"] for name in ('proposed_total{position="1"}', 'accepted_total{position="1"}', 'proposed_total{position="2"}'))
     print(f"{params}: {accepted:.0f} of {proposed:.0f} first drafts accepted")
     assert proposed == len(calls) and accepted > 0.2 * proposed
+    assert beyond == 0, "the prefill's own token and one behind a draft leave room for one"
+    # One step that tries the draft; where it fell, another, with survivors or without drafts.
+    assert delta['idlm:rounds_total{kind="verify"}'] == len(calls)
+    assert delta['idlm:rounds_total{kind="cold"}'] + delta['idlm:rounds_total{kind="salvage"}'] == len(calls) - accepted
+    two_tokens, delta = change(isd, [{**call, "max_new_tokens": 2} for call in calls])
+    assert delta['idlm:rounds_total{kind="cold"}'] == total(delta, "idlm:rounds_total") == len(two_tokens), "a draft would be of no use"
     one_token, delta = change(isd, [{**call, "max_new_tokens": 1} for call in calls])
     assert len(one_token) == len(calls) and total(delta, "idlm:rounds_total") == 0
 

@@ -41,12 +41,16 @@ def test_switching_under_load_changes_no_token(ar, isd):
 def test_a_server_that_chooses_its_stride_answers_as_ar(ar, isd_tight):
     calls = [{"prompt": p, "temperature": 0, "max_new_tokens": 40} for p in prompts(60, seed=103)]
     calls += [{"prompt": p, "temperature": 1.0, "sampling_seed": i, "max_new_tokens": 32} for i, p in enumerate(prompts(30, seed=104))]
+    switch(isd_tight, 1)
+    isd_tight.generate(chat("Hi"), temperature=0, max_new_tokens=8)
+    before = strides(isd_tight)
+    switch(isd_tight, 0)  # from here on it chooses, and these answers are not best made token by token
     for clients in (1, 12):
         assert not differing(ar.many(calls, clients), isd_tight.many(calls, clients))
-    used = {n for n, count in strides(isd_tight).items() if count}  # since its start: when it tries others hangs on the clock
+    used = {n for n, count in strides(isd_tight).items() if count > before.get(n, 0)}
     state = isd_tight.info()["internal_states"][0]["idlm"]
     print(f"strides used: {sorted(used, key=int)}; {state['controller']}")
-    assert len(used) >= 2, "the controller never changed the stride"
+    assert used - {"1"}, "the controller never changed the stride"
     assert state["auto"] and state["controller"]["expected_gain"] > 0 and state["controller"]["actual_gain"] > 0
 
 

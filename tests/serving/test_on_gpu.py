@@ -67,9 +67,10 @@ def test_half_of_the_backends_named_leaves_the_other_to_isd(found):
     assert backends(found["both apart"]) == ["triton", "flashinfer", "triton"]
 
 
-def test_a_branch_is_judged_by_the_backend_that_verifies(found):
-    assert "IDLM_SALVAGE=branch" in found["branch apart"]["refused"] and "flashinfer" in found["branch apart"]["refused"]
-    assert backends(found["branch in steps"]) == ["triton", "flashinfer", "triton"]
+def test_a_branch_takes_one_backend_for_both(found):
+    for name in ("branch apart", "branch in steps"):
+        refused = found[name]["refused"]
+        assert "IDLM_SALVAGE=branch" in refused and "--prefill-attention-backend flashinfer and --decode-attention-backend triton" in refused
 
 
 def test_rows_graphs_and_requests_at_a_time(found):
@@ -88,3 +89,4 @@ def test_float32_is_float32(found):
     assert asked("float32") == wanted
     assert asked("float32 ar") == {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}, "what the user set stays"
     assert asked("isd") == asked("auto") == {}
+    assert backends(found["float32"])[0] == backends(found["float32 ar"])[0] == "triton", "FA3 has no float32"
