@@ -22,9 +22,9 @@ def readable_expressions(original: Callable, params, tokenizer) -> None:
 
 def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
     """What: after ``TokenizerManager._create_tokenized_object`` admission may refuse the request, as SGLang refuses bad ones.
-    Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200. Token ids outside the vocabulary and
-    more candidates per token than it has are refused in AR serving, too: SGLang's scheduler ends itself over them; so are embeddings that are not
-    of the model's width, and stop expressions over which it would come to a standstill.
+    Why: from the scheduler a refusal comes too late for a stream, which has begun with HTTP 200. Prompts without tokens, token ids outside the
+    vocabulary, more candidates per token than it has, and a ``top_k`` beyond an int32 are refused in AR serving, too: SGLang's scheduler ends itself
+    over them; so are embeddings that are not of the model's width, stop expressions over which it would come to a standstill, and biases beyond float32.
     Guard: the hook applied; refusals are tested streamed and not.
     Goes when: with the hook above.
     """
@@ -32,24 +32,20 @@ def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
 
     if not isinstance(obj, GenerateReqInput):
         return
-    from idlm_sglang.engine.admission import outside_vocabulary, unfit_embeddings
-
-    config = manager.model_config
-    wrong = outside_vocabulary(tokenized, config.vocab_size) or unfit_embeddings(tokenized, config.hidden_size)
-    if wrong := wrong or unsearchable(tokenized.sampling_params.stop_regex_strs):
-        raise ValueError(wrong)
-    if not is_isd():
-        return
     from idlm_sglang.config import handed_down
-    from idlm_sglang.engine.admission import refusal
+    from idlm_sglang.engine.admission import empty_prompt, outside_vocabulary, refusal, unfit_embeddings
     from idlm_sglang.engine.metrics import requests_counter
     from idlm_sglang.engine.requests import REFUSED
 
-    refused = refusal(tokenized, handed_down())
+    config = manager.model_config
+    wrong = empty_prompt(tokenized) or outside_vocabulary(tokenized, config.vocab_size) or unfit_embeddings(tokenized, config.hidden_size)
+    if wrong := wrong or unsearchable(tokenized.sampling_params.stop_regex_strs):
+        raise ValueError(wrong)
+    refused = refusal(tokenized, handed_down() if is_isd() else None)
     if refused is None:
         return
     reason, message = refused
-    if manager.enable_metrics:
+    if is_isd() and manager.enable_metrics:
         if not hasattr(manager, "idlm_requests"):
             manager.idlm_requests = requests_counter({"model_name": manager.served_model_name, "dp_rank": ""})
         manager.idlm_requests(mode=REFUSED, reason=reason).inc()
@@ -57,7 +53,7 @@ def refuse_in_http(tokenized, manager, obj, *_, **__) -> None:
 
 
 def few_choices(_, obj, *__, **___) -> None:
-    """What: after ``GenerateReqInput._handle_parallel_sampling`` a request for more than ``MAX_CHOICES`` choices is refused.
+    """What: after ``GenerateReqInput._handle_parallel_sampling`` a request for more than ``MAX_CHOICES`` choices, or for none, is refused.
     Why: SGLang makes some twenty lists of n entries before it looks at anything, so that ``n`` of 10^9 takes more memory than
     the machine has; and 10^5 choices, once queued, are in everyone's way.
     Guard: the hook applied; a test asks for too many, in AR serving, too.
@@ -66,8 +62,8 @@ def few_choices(_, obj, *__, **___) -> None:
     from idlm_sglang.engine.admission import MAX_CHOICES
 
     n = obj.parallel_sample_num
-    if isinstance(n, (int, float)) and n > MAX_CHOICES:
-        raise ValueError(f"n={n} is out of range; allowed: up to {MAX_CHOICES}")
+    if isinstance(n, (int, float)) and not 1 <= n <= MAX_CHOICES:
+        raise ValueError(f"n={n} is out of range; allowed: 1 to {MAX_CHOICES}")
 
 
 def admit(scheduler, req, is_retracted: bool = False) -> None:
@@ -79,14 +75,14 @@ def admit(scheduler, req, is_retracted: bool = False) -> None:
     """
     if is_retracted or req.to_finish is not None or getattr(req, "idlm_plan", None) is not None:
         return
-    from idlm_sglang.engine.admission import defuse, plan_of, unreadable_processor
+    from idlm_sglang.engine.admission import defuse, plan_of, refusal, unreadable_processor
     from idlm_sglang.engine.requests import REFUSED
 
     # None is asked for; SGLang would read it beside another request's.
     req.custom_logit_processor = req.custom_logit_processor or None
     if not is_isd():
-        if unreadable := unreadable_processor(req):
-            req.set_finish_with_abort(unreadable[1])
+        if wrong := unreadable_processor(req) or refusal(req, None):
+            req.set_finish_with_abort(wrong[1])
             defuse(req)
             scheduler.init_req_max_new_tokens(req)
         return

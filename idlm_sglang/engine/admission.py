@@ -34,7 +34,20 @@ def _asked(req, name: str):
     return params.get(name) if isinstance(params, dict) else None
 
 
-def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
+def _beyond_range(params) -> tuple[str, str] | None:
+    """Numbers over which SGLang's own scheduler ends, or that leave float32."""
+    if params.top_k > _TOP_K_MAX:
+        return "top_k", f"top_k={params.top_k} is not valid; allowed: up to {_TOP_K_MAX}"
+    for token, bias in (params.logit_bias or {}).items():
+        if not -_BIAS_MAX <= float(bias) <= _BIAS_MAX:
+            return "logit_bias", f"logit_bias of token {token} is {bias}; allowed: {-_BIAS_MAX:g} to {_BIAS_MAX:g}"
+    return None
+
+
+def _why_refused(req, settings: Settings | None) -> tuple[str, str] | None:
+    beyond = _beyond_range(req.sampling_params)
+    if beyond is not None or settings is None:
+        return beyond
     if req.return_hidden_states:
         return "hidden_states", "return_hidden_states is not available with --speculative-algorithm ISD"
     if req.lora_id is not None:
@@ -46,11 +59,6 @@ def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
         return "beam_search", "beam_width (beam search) is not available with --speculative-algorithm ISD"
     if params.custom_params is not None and not isinstance(params.custom_params, dict):
         return "custom_params", f"custom_params is a {type(params.custom_params).__name__}; allowed: an object"
-    if params.top_k > _TOP_K_MAX:
-        return "top_k", f"top_k={params.top_k} is not valid; allowed: up to {_TOP_K_MAX}"
-    for token, bias in (params.logit_bias or {}).items():
-        if not -_BIAS_MAX <= float(bias) <= _BIAS_MAX:
-            return "logit_bias", f"logit_bias of token {token} is {bias}; allowed: {-_BIAS_MAX:g} to {_BIAS_MAX:g}"
     stride = _asked(req, STRIDE_PARAM)
     if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= settings.max_stride):
         return "stride", f"custom_params.{STRIDE_PARAM}={stride!r} is not valid; allowed: an integer from 1 to {settings.max_stride}"
@@ -58,6 +66,16 @@ def _why_refused(req, settings: Settings) -> tuple[str, str] | None:
     if trace is not None and not isinstance(trace, bool):
         return "trace", f"custom_params.{TRACE_PARAM}={trace!r} is not valid; allowed: true, false"
     return None
+
+
+def empty_prompt(req) -> str:
+    """What is wrong with a prompt of no tokens, or nothing: there is no row whose logits would begin the answer.
+
+    Args:
+        req: SGLang's ``TokenizedGenerateReqInput``. A session goes on behind what it holds; media and embeddings are no tokens.
+    """
+    other = req.input_embeds is not None or req.mm_inputs is not None or req.session_id is not None or req.session_params is not None
+    return "" if other or req.input_ids is None or len(req.input_ids) else "the prompt has no tokens; allowed: a prompt of at least one token"
 
 
 def outside_vocabulary(req, size: int) -> str:
@@ -95,11 +113,12 @@ def unfit_embeddings(req, width: int) -> str:
     return ""
 
 
-def refusal(req, settings: Settings) -> tuple[str, str] | None:
+def refusal(req, settings: Settings | None) -> tuple[str, str] | None:
     """Why a request cannot be served, as (one word for a metric label, message for the client), or None.
 
     Args:
         req: SGLang's ``TokenizedGenerateReqInput`` or ``Req``.
+        settings: the server's; None in plain AR serving.
     """
     try:
         return _why_refused(req, settings)

@@ -129,7 +129,15 @@ def parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the `idlm` script. Returns the exit code; a bad setting exits with its one line."""
+    """Entry point of the `idlm` script. Returns the exit code; a bad setting exits with its one line, and so does an interrupt."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("idlm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     top, serve = parser()
     if words[:1] == ["serve"]:

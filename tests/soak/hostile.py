@@ -116,6 +116,9 @@ def blows() -> Iterator[Blow]:
     yield Blow("generate: NaN and Infinity", post(GENERATE, b'{"text": "a", "sampling_params": {"temperature": NaN, "top_p": Infinity, "max_new_tokens": 4}}'))
     yield Blow("chat: NaN", post(CHAT, b'{"model": "m", "messages": [{"role": "user", "content": "a"}], "temperature": NaN, "max_tokens": 4}'))
     yield Blow("generate: an empty body", post(GENERATE, b""))
+    yield native("an empty prompt", {"text": ""})
+    yield native("an empty prompt beside another", {"text": ["a", ""]})
+    yield chat("top_k of 2^40", top_k=2**40, temperature=1)
     yield Blow("generate: a number", post(GENERATE, b"7"))
     # Numbers at the edge.
     for name, value in {"temperature": 1e308, "temperature ": 1e-308, "top_p": 1e-300, "min_p": 1.0, "top_k": 2**31, "top_k ": 2**63, "top_k  ": -(2**63)}.items():

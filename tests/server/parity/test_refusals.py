@@ -34,7 +34,7 @@ def message(**fields):
 
 BAD = {
     "sampling": [
-        native(temperature=-1), native(top_p=0), native(top_p=1.5), native(min_p=2), native(top_k=-5), native(max_new_tokens=-1),
+        native(temperature=-1), native(top_p=0), native(top_p=1.5), native(min_p=2), native(top_k=-5), native(top_k=2**32, temperature=1), chat(top_k=2**40, temperature=1), native(max_new_tokens=-1),
         chat(temperature=-0.5), chat(top_p=2), complete(top_p=-1), respond(temperature=-1), message(top_p=3),
     ],
     "seed": [chat(seed=2**63), chat(seed="x"), complete(seed=1.5)],
@@ -42,7 +42,7 @@ BAD = {
         native(frequency_penalty=3), native(presence_penalty=-3), native(repetition_penalty=3), native(repetition_penalty=-1),
         native(min_new_tokens=9), native(min_new_tokens=-1), chat(frequency_penalty=2.5), complete(presence_penalty="much"), respond(repetition_penalty=5.0),
     ],
-    "logit_bias": [native(logit_bias={"99999": 1.0}), chat(logit_bias={"-1": 1.0}), complete(logit_bias={"a": 1.0}), complete(logit_bias=[1])],
+    "logit_bias": [native(logit_bias={"5": 1e39}), chat(logit_bias={"5": -1e31}), native(logit_bias={"99999": 1.0}), chat(logit_bias={"-1": 1.0}), complete(logit_bias={"a": 1.0}), complete(logit_bias=[1])],
     "logprobs": [chat(top_logprobs=3), chat(logprobs=True, top_logprobs=-1), chat(logprobs=True, top_logprobs=10**6), complete(logprobs=10**6), complete(logprobs="many"), respond(top_logprobs=3, include=["nothing"])],
     "grammar": [
         native(regex="("), native(json_schema="{"), native(ebnf="root ="), native(regex="a", ebnf='root ::= "a"'),
@@ -54,10 +54,12 @@ BAD = {
     ],
     "stops": [native(stop=[1]), native(stop_regex="("), chat(stop=["a"] * 40), chat(max_tokens=0), complete(max_tokens=-2), native(max_new_tokens=10**6)],
     "batches": [
-        native(n=1025), chat(n=5000), complete(n=10**9),
+        native(n=-1), native(n=1025), chat(n=5000), complete(n=10**9),
         (GENERATE, {"input_embeds": [[0.0] * 256] * 3, "sampling_params": {"max_new_tokens": 2}}),
         (GENERATE, {"input_embeds": [[[0.0] * 256] * 3] * 2, "sampling_params": {"max_new_tokens": 2}}),
         (GENERATE, {"text": "a", "input_ids": [5], "sampling_params": {}}), (GENERATE, {"sampling_params": {}}),
+        (GENERATE, {"text": "", "sampling_params": {"max_new_tokens": 1}}), (GENERATE, {"text": ["Hi", ""], "sampling_params": {"max_new_tokens": 3}}),
+        (GENERATE, {"text": "", "stream": True, "sampling_params": {"max_new_tokens": 4}}), complete(prompt=["a", ""]),
         (GENERATE, {"input_ids": [], "sampling_params": {}}), (GENERATE, {"input_ids": [5, -1], "sampling_params": {}}),
         (GENERATE, {"input_ids": [10**6], "sampling_params": {}}), complete(prompt=[5, 10**6]), (GENERATE, {"input_ids": [5] * 5000, "sampling_params": {}}),
         native(n=0), chat(n=0), complete(prompt=[]), complete(prompt=None), complete(prompt="word " * 5000), chat(messages=[]),
@@ -91,3 +93,21 @@ def test_a_bad_request_gets_the_answer_of_ar(ar, isd, key):
     assert not found, "\n".join(found)
     assert refused, "nothing was refused"
     assert isd.alive() and isd.generate("Hello", temperature=0, max_new_tokens=2)["meta_info"]["completion_tokens"] >= 1
+
+
+@pytest.mark.parametrize(
+    "path, body, says",
+    [
+        (GENERATE, {"text": "", "sampling_params": {"max_new_tokens": 1}}, "the prompt has no tokens"),
+        (GENERATE, {"text": ["Hello", ""], "sampling_params": {"max_new_tokens": 3}}, "the prompt has no tokens"),
+        (*complete(prompt=["Hello", ""]), "the prompt has no tokens"),
+        (*chat(top_k=2**32, temperature=1), "top_k=4294967296 is not valid"),
+        (*chat(logit_bias={"5": 1e39}), "logit_bias of token 5 is 1e+39"),
+        (*native(n=-1), "n=-1 is out of range"),
+    ],
+)
+def test_what_would_end_the_scheduler_or_mean_nothing_is_refused_in_ar_too(ar, isd, path, body, says):
+    for server in (ar, isd):
+        reply = server.post(path, body)
+        assert reply.status_code == 400 and says in reply.text and "allowed: " in reply.text, (server.port, reply.text)
+        assert server.alive()
