@@ -28,6 +28,8 @@ GRAPHS, KERNELS, BRANCH = {"IDLM_DECODE_GRAPHS": "on"}, {"IDLM_STEP_OPS": "trito
 _MARK = "IDLM_GPU_CHECK"  # in the environment of whatever a check starts
 # Of one kind in both arms: SGLang's choice for AR, FA3, is not everywhere, and another one's answers in bf16 are others'.
 _ALIKE = ("--attention-backend", "triton", "--sampling-backend", "pytorch")
+# Decode steps are measured; capturing prompts takes minutes.
+_NO_PROMPT_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def _tests(*words: str) -> tuple[str, ...]:
 
 # Compiling a kernel takes one core, and there is one for nearly every shape.
 _AT_A_TIME = ("-n", str(min(os.cpu_count() or 1, 12))) if importlib.util.find_spec("xdist") else ()
+_OPS = ("--device", "cuda", "--threads", "8")
 _ANSWERS = tuple(f"tests/server/test_{name}.py" for name in ("identity", "sampling", "stride_switch"))
 
 
@@ -72,18 +75,19 @@ CHECKS = (
     Check("answers-graphs-kernels", _tests("tests/server/test_identity.py"), 300, GRAPHS | KERNELS),
     Check("answers-branch", _tests("tests/server/test_branch_triton.py"), 240),
     Check("answers-branch-graphs", _tests("tests/server/test_identity.py"), 300, BRANCH | GRAPHS),
+    Check("adapter-layers", _tests("tests/engine/test_lora.py"), 180),
     Check("adapter", _tests("tests/server/test_risd.py"), 300),
     Check("adapter-graphs", _tests("tests/server/test_risd.py"), 300, GRAPHS),
     Check("retraction", _tests("tests/server/test_tight.py"), 420),
     Check("step-ops", _tests("tests/server/test_step_ops.py"), 240),
-    Check("ops", ("-m", "benchmarks.kernels", "--device", "cuda", "--quick", "--threads", "8", "--out", "{out}/ops"), 420),
-    Check("ops-choose", ("-m", "benchmarks.kernels", "choose", "--device", "cuda", "--threads", "8", "--out", "{out}/ops"), 420),
-    Check("ops-verify", ("-m", "benchmarks.kernels", "verify", "step", "--device", "cuda", "--threads", "8", "--out", "{out}/ops"), 420),
+    Check("ops", ("-m", "benchmarks.kernels", *_OPS, "--quick", "--out", "{out}/ops"), 420),
+    Check("ops-choose", ("-m", "benchmarks.kernels", "choose", *_OPS, "--seconds", "0.005", "--out", "{out}/ops"), 420),
+    Check("ops-verify", ("-m", "benchmarks.kernels", "verify", "step", *_OPS, "--seconds", "0.005", "--out", "{out}/ops"), 420),
     *(
         Check(
             name,
-            ("-m", "benchmarks.step_time", "--batch", "1", "32", "64", "--strides", "1", "2", "4", "8", "--context", "1024", "--out", f"{{out}}/{name}", "--", *_ALIKE),
-            420,
+            ("-m", "benchmarks.step_time", "--batch", "1", "32", "64", "--strides", "1", "2", "4", "8", "--context", "1024", "--out", f"{{out}}/{name}", "--", *_ALIKE, *_NO_PROMPT_GRAPHS),
+            600,
             environ,
         )
         for name, environ in (("steps", {}), ("steps-graphs", GRAPHS), ("steps-graphs-kernels", GRAPHS | KERNELS))

@@ -32,7 +32,8 @@ def test_what_is_asked_of_the_benchmarks_can_be_asked(monkeypatch, tmp_path):
     for check in CHECKS:
         words = [word.replace("{out}", str(tmp_path)) for word in check.command[2:]]
         if check.name.startswith("steps"):
-            assert step_time(words).server_flags[:2] == ("--attention-backend", "triton")
+            flags = step_time(words).server_flags
+            assert flags[:2] == ("--attention-backend", "triton") and flags[-2:] == ("--cuda-graph-backend-prefill", "disabled")
         if check.name == "bench":
             found = options.resolve(options.parser(ArgumentParser).parse_args(words[1:]), words).arms
             assert [arm.name for arm in found] == ["stock", "n1", "n4", "n4eager"] and all("--mem-fraction-static" in arm.flags for arm in found)

@@ -186,12 +186,22 @@ def spell(dims: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in dims.items())
 
 
-def run_op(op: str, options: Options) -> Iterator[list[Row]]:
-    """The rows of every case of an op, as they are measured."""
+def unfinished(kept: Path) -> Path:
+    """Where the cases of a run stand that was ended before its last."""
+    return kept.with_suffix(".part.csv")
+
+
+def run_op(op: str, options: Options, kept: Path | None = None) -> Iterator[list[Row]]:
+    """The rows of every case of an op, as they are measured. A wrong op leaves no figures of its other cases behind."""
     module = importlib.import_module(f"benchmarks.kernels.{op}")
     torch.manual_seed(0)
     for case in module.cases(options):
-        yield measure(op, case, options)
+        try:
+            yield measure(op, case, options)
+        except WrongOp:
+            if kept:
+                unfinished(kept).unlink(missing_ok=True)
+            raise
 
 
 def ours_of(rows: list[Row]) -> Row:
@@ -289,8 +299,11 @@ def main(argv: list[str] | None = None) -> None:
     faster: list[str] = []
     for op in args.ops or OPS:
         measured = []
-        for rows in run_op(op, options):
+        kept = (args.out or RESULTS) / f"{op}.{args.device}.csv" if args.out or not args.quick else None
+        for rows in run_op(op, options, kept):
             measured.append(rows)
+            if kept:
+                write_csv(unfinished(kept), measured, lines)
             if sys.stderr.isatty():
                 print(f"{op}: {len(measured)} cases", end="\r", file=sys.stderr, flush=True)
         if not measured:
@@ -298,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         print_markdown(op, measured)
         faster += faster_alternatives(measured)
-        if args.out or not args.quick:
-            write_csv((args.out or RESULTS) / f"{op}.{args.device}.csv", measured, lines)
+        if kept:
+            unfinished(kept).replace(kept)
     print("\n### Where an alternative is faster, beyond both spreads\n")
     print("\n".join(faster) or "nowhere")

@@ -182,8 +182,9 @@ def _commit(
                     logits, stride_b, stride_w, bias, bitmask, width, vocab, index, top, log_sum, edge, tie, log_kept,
                     request, i, columns, draft, t,
                 )  # fmt: skip
-                ratio = tl.exp(tl.minimum(log_p - tl.load(log_q + request * K + i), 0.0))
-                introspection += tl.where(ratio == ratio, ratio, 0.0)
+                # -inf of -inf is no number, which a minimum on a GPU would hide.
+                delta = log_p - tl.load(log_q + request * K + i)
+                introspection += tl.where(delta == delta, tl.exp(tl.minimum(delta, 0.0)), 0.0)
         # Entries behind the spine's end are not counted; they only have to be some column.
         entry = behind + 1 + i
         column = tl.minimum(tl.where(entry <= fork, entry, count + entry - fork), count + K)

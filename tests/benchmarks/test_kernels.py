@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kernels import choose, page_table, penalties, propose, step, target, verify
+from benchmarks.kernels import choose, harness, page_table, penalties, propose, step, target, verify
 from benchmarks.kernels.harness import LIBRARY, OPS, OURS, REFERENCE, Arm, Case, Options, main, measure
 from idlm_sglang.engine import step_ops
 from idlm_sglang.engine.grammar import GrammarStep
@@ -73,6 +73,23 @@ def test_a_wrong_op_ends_the_benchmark_without_a_figure(op, tmp_path, monkeypatc
     print(ended.value)
     assert str(ended.value).startswith(f"{op}, ") and "ours is wrong, nothing was timed" in str(ended.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_ended_keeps_the_cases_it_had(tmp_path, monkeypatch):
+    cases = []
+
+    def interrupted(op, case, options):
+        cases.append(case)
+        if len(cases) == 2:
+            raise KeyboardInterrupt
+        return measure(op, case, options)
+
+    monkeypatch.setattr(harness, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["noise", *PACE, "--out", str(tmp_path)])
+    (kept,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(line for line in kept.read_text().splitlines() if not line.startswith("# ")))
+    assert kept.name == "noise.cpu.part.csv" and sum(row["kind"] == OURS for row in rows) == 1
 
 
 def test_a_library_that_differs_or_cannot_run_is_not_timed():

@@ -15,6 +15,8 @@ from idlm_sglang.isd.layout import mask_rows
 from idlm_sglang.platform.linear import pack_weights
 from tests import published
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKED = pytest.param(True, marks=pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed on a CPU alone"))
 CONFIG = Qwen3Config(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 # Layer of SGLang's: the modules that it merges, and how they shard.
 LAYERS = {
@@ -23,6 +25,12 @@ LAYERS = {
     ("mlp", "gate_up_proj"): ("gate_proj", "up_proj"),
     ("mlp", "down_proj"): ("down_proj",),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def sglang_layers(original, group):
@@ -92,8 +100,8 @@ def attached(original, adapted, group=None, packed=False):
     model = Model(original, group)
     if packed:
         pack_weights(model)
-    gate = lora.attach(model, adapted[1], original.config, original.dtype, "cpu")
-    gate.reserve(256, "cpu")
+    gate = lora.attach(model, adapted[1], original.config, original.dtype, DEVICE)
+    gate.reserve(256, DEVICE)
     return model, gate
 
 
@@ -117,14 +125,14 @@ def check_rows(base, gated, wanted, rows, atol=2e-5, rtol=1e-5):
 
 def step_rows(seed):
     """MASK rows of a random step: (row numbers, drafts of each request, K)."""
-    g = torch.Generator().manual_seed(seed)
-    size, k = (int(torch.randint(1, high, (), generator=g)) for high in (9, 8))
-    counts = torch.randint(0, k + 1, (size,), generator=g)
+    g = torch.Generator("cpu").manual_seed(seed)
+    size, k = (int(torch.randint(1, high, (), generator=g, device="cpu")) for high in (9, 8))
+    counts = torch.randint(0, k + 1, (size,), generator=g, device="cpu").to(DEVICE)
     return (torch.arange(size)[:, None] * (2 * k + 1) + mask_rows(counts, k)).flatten(), counts, k
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, PACKED])
 def test_base_rows_are_untouched_and_mask_rows_are_peft_s(original, adapted, packed):
     model, gate = attached(original, adapted, packed=packed)
     checked = 0
@@ -167,7 +175,7 @@ def test_base_rows_are_untouched_at_the_published_dimensions(tmp_path):
 def test_a_step_in_a_prompt_s_forward_is_gated_where_its_rows_stand():
     """Behind ten rows of prompts, two of which are MASK rows behind a prompt."""
     gate = lora.Gate(adapted=True)
-    gate.reserve(64, "cpu")
+    gate.reserve(64, DEVICE)
     rows, counts, k = step_rows(5)
     with gate.masks(counts, k, 10, torch.tensor([4, 5])):
         assert gate.rows.tolist() == [4, 5, *(10 + rows).tolist()]
@@ -224,8 +232,8 @@ def test_ranks_hold_shares_that_add_up(original, adapted, size):
         if len(parts) == 1:
             torch.testing.assert_close(sum(outputs)[rows], wanted[rows], atol=2e-5, rtol=1e-5)
             continue
-        ends = torch.tensor([getattr(getattr(original.model.layers[i], block), part).out_features for part in parts]).cumsum(0)
-        for j, part in enumerate(wanted.tensor_split(ends[:-1], 1)):
+        widths = [getattr(getattr(original.model.layers[i], block), part).out_features for part in parts]
+        for j, part in enumerate(wanted.split(widths, 1)):
             held = [output.split(places[rank][3].output_partition_sizes, 1)[j] for rank, output in enumerate(outputs)]
             repeats = size * held[0].shape[1] // part.shape[1]
             torch.testing.assert_close(torch.cat(held[::repeats], 1)[rows], part[rows], atol=2e-5, rtol=1e-5)
@@ -250,13 +258,14 @@ def test_modules_that_the_adapter_leaves_out_stay_the_base_s(original, tmp_path)
 @torch.inference_mode()
 def test_without_an_adapter_nothing_is_wrapped(original):
     model = Model(original)
-    gate = lora.attach(model, None, CONFIG, torch.float32, "cpu")
+    gate = lora.attach(model, None, CONFIG, torch.float32, DEVICE)
     with gate.masks(torch.tensor([1]), 2), gate.on(torch.tensor([1])):
         assert gate.rows is None
     assert not any(hasattr(own.quant_method, "idlm_gate") for *_, own in model.each())
 
 
 @torch.inference_mode()
+@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed on a CPU alone")
 def test_weights_packed_anew_are_used_under_the_adapter(original, adapted):
     """New base weights in place, as SGLang's updaters leave them: the gated layer multiplies by those."""
     from idlm_sglang.platform.linear import pack_again
@@ -276,7 +285,7 @@ def test_weights_packed_anew_are_used_under_the_adapter(original, adapted):
 
 def test_a_fused_kernel_and_a_captured_prefill_are_left_aside_while_the_gate_is_on():
     gate, runner = lora.Gate(adapted=True), SimpleNamespace(can_run_graph=lambda batch: True)
-    gate.reserve(4, "cpu")
+    gate.reserve(4, DEVICE)
     gate.keep_eager(runner)
     assert runner.can_run_graph(None)
     with gate.on(torch.tensor([0])):

@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 
+# Attention of SGLang's is compared with its definition in float32, not in TF32. Triton reads it when it compiles.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STARTER = "test_interpreted.py"
 
