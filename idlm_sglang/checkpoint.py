@@ -1,6 +1,8 @@
-"""What a checkpoint's configuration says: is it servable as an I-DLM, and which token is MASK."""
+"""What a checkpoint says before it is loaded: is it servable as an I-DLM, which token is MASK, are its weights complete."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from idlm_sglang.config import SettingError
@@ -10,6 +12,7 @@ PUBLISHED_ARCHITECTURE = "SDARForCausalLM"
 AR_ARCHITECTURE = "Qwen3ForCausalLM"
 PUBLISHED_MODEL_TYPE = "sdar"
 MASK_TOKEN = "<|MASK|>"
+WEIGHTS_INDEX, OTHER_WEIGHTS = "model.safetensors.index.json", (".bin", ".pt", ".pth")
 
 ACCEPTED_ARCHITECTURES = (ARCHITECTURE, PUBLISHED_ARCHITECTURE, AR_ARCHITECTURE)
 
@@ -29,6 +32,28 @@ def check_architecture(architectures: list[str] | None) -> str:
         f"the checkpoint's architectures {names} cannot be served with --speculative-algorithm ISD; "
         f"allowed: {', '.join(ACCEPTED_ARCHITECTURES)}"
     )
+
+
+def check_weights(path: Path) -> None:
+    """Every safetensors file of a checkpoint on disk is there, and as long as its header says; no weight is read.
+
+    Raises:
+        SettingError: no weights, a shard that the index names and the directory lacks, or a file that was cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = path / WEIGHTS_INDEX
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(name for name in shards if not (path / name).is_file()):
+        raise SettingError(f"{path} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}, which its {WEIGHTS_INDEX} names; allowed: a complete checkpoint")
+    files = sorted(path.glob("*.safetensors"))
+    if not files and not any(file.suffix in OTHER_WEIGHTS for file in path.iterdir()):
+        raise SettingError(f"{path} holds no weights; allowed: a checkpoint with *.safetensors, or --load-format dummy")
+    for file in files:
+        try:
+            safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise SettingError(f"{file} cannot be read ({str(error).splitlines()[0]}); allowed: a complete safetensors file") from None
 
 
 def tokenizer_mask_id(tokenizer: Any) -> int | None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
@@ -212,6 +214,8 @@ class IsdAlgorithm(CustomSpecAlgo):
             )
         mask_id, source = check_checkpoint(server_args, settings, config)
         logger.info("idlm: MASK token %d (from the %s)", mask_id, source)
+        if server_args.load_format in ("auto", "safetensors") and os.path.isdir(server_args.model_path):
+            checkpoint.check_weights(Path(server_args.model_path))
         if settings.lora is not None:
             check_adapter(server_args, settings.lora)
         hand_down(settings)

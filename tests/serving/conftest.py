@@ -19,7 +19,7 @@ from .refusals import CASES
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
-    """The embedded checkpoint, and copies of its configuration with one thing wrong. No weights: none are loaded."""
+    """The embedded checkpoint, and copies of it with one thing wrong."""
     made = {"demo": str(CHECKPOINT_DIR)}
 
     def make(name: str, changes: dict, without: tuple[str, ...] = (), mask: str = "<|MASK|>") -> None:
@@ -34,12 +34,19 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
         if mask != "<|MASK|>":
             tokenizer.pop("mask_token", None)
         (where / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        (where / "model.safetensors").symlink_to(CHECKPOINT_DIR / "model.safetensors")
         made[name] = str(where)
 
     make("without_mask", {}, without=("mask_token_id",), mask="<|none|>")
     make("mask_outside", {"mask_token_id": 5000})
     make("published", {"architectures": ["SDARForCausalLM"], "model_type": "sdar"})
     make("llama", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    for name in ("cut_off", "without_weights", "without_a_shard"):
+        make(name, {})
+        (Path(made[name]) / "model.safetensors").unlink()
+    (Path(made["cut_off"]) / "model.safetensors").write_bytes((CHECKPOINT_DIR / "model.safetensors").read_bytes()[:-1000])
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (Path(made["without_a_shard"]) / "model.safetensors.index.json").write_text(json.dumps(index))
     made["adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR)
     made["mask_4_adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR, mask_token_id=4)
     made["maskless_adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR, mask_token_id=None)

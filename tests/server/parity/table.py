@@ -32,7 +32,7 @@ ROWS = {
     "seed": Row("seed, sampling_seed", "AR's tokens, at any stride, batch and restart", "strided, same tokens"),
     "penalties": Row("frequency, presence, repetition penalties, min_new_tokens", "AR's tokens", "strided, counted on the device"),
     "logit_bias": Row("logit_bias", "applied", "strided, on every row"),
-    "logprobs": Row("logprobs, top_logprobs, echo", "AR's values within 2e-3 for every committed token", "strided, same values"),
+    "logprobs": Row("logprobs, top_logprobs, echo", "AR's values within 2e-3 for every committed token (a chat's stream leaves out tokens that come without text, as AR's does)", "strided, same values"),
     "grammar": Row("JSON schema and object, regex, EBNF, structural tag", "valid, AR's text", "strided, the automaton is walked over the drafts (one token per step with outlines)"),
     "tools": Row("forced and auto tools, reasoning parser", "valid, AR's text", "strided"),
     "stops": Row("stop strings, ids and expressions, max_tokens, ignore_eos, no_stop_trim", "nothing behind the stop, anywhere", "strided, cut where AR stops"),
