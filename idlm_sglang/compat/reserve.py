@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from idlm_sglang.compat.running import is_isd
-from idlm_sglang.engine.reserve import columns, in_hand, to_spare
+from idlm_sglang.engine.reserve import allocated, columns, in_hand, to_spare
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,13 @@ def allocate_in_use(original: Callable, batch) -> None:
     if batch.sampling_info.penalizer_orchestrator.is_required or not in_hand(batch.reqs, ahead, batch.token_to_kv_pool_allocator.page_size):
         spare = 0 if _preempts() else to_spare(batch, ahead)
         _reserving(ahead + spare, original, batch)
-        return
-    batch.maybe_evict_swa()
-    for req in batch.reqs:
-        req.decode_batch_idx += 1
-    if batch.seq_lens_cpu is None:
-        batch.max_seq_len_host = max(req.kv.kv_allocated_len for req in batch.reqs)
+    else:
+        batch.maybe_evict_swa()
+        for req in batch.reqs:
+            req.decode_batch_idx += 1
+        if batch.seq_lens_cpu is None:
+            batch.max_seq_len_host = max(req.kv.kv_allocated_len for req in batch.reqs)
+    allocated(batch)
 
 
 def _preempts() -> bool:

@@ -10,6 +10,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from idlm_sglang.engine.masks import note_columns
 from idlm_sglang.engine.requests import STRIDED, RequestPlan
 from idlm_sglang.engine.spec_io import IsdDraftInput
 
@@ -93,6 +94,7 @@ class _Batch:
             reqs.append(req)
         allocator = runner.token_to_kv_pool_allocator
         self._batch = ScheduleBatch.init_new(reqs, pool, allocator, None, runner.model_config, False, runner.spec_algorithm)
+        note_columns(self._batch)
 
     def step(self) -> float:
         """One decode step; its seconds, until the device is done."""

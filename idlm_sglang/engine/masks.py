@@ -37,9 +37,13 @@ def check(backend) -> bool:
     return True
 
 
-def columns_of(reqs) -> int:
-    """KV columns that a step of ``reqs`` has at most, its own rows included: those with slots."""
-    return sum(req.kv.kv_allocated_len for req in reqs)
+def note_columns(batch) -> None:
+    """Keep on ``batch``, whose slots have just been allocated, how many KV columns a step of it has at most, its own rows included: those with slots.
+
+    Not to be asked later. A request that ends by the result before is still in the step, and has given its slots back where SGLang waits for
+    that result: with a grammar in the batch.
+    """
+    batch.idlm_columns = sum(req.kv.kv_allocated_len for req in batch.reqs)
 
 
 def hide(buffer: torch.Tensor, counts: torch.Tensor, forks: torch.Tensor, lengths: torch.Tensor, width: int) -> None:

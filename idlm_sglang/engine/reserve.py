@@ -3,6 +3,8 @@
 The process's worker is known here, for the scheduler's KV allocation, which knows batches and no worker.
 """
 
+from idlm_sglang.engine.masks import note_columns
+
 # Columns that a request is given at a time beyond its next step's own, so that the steps behind it allocate nothing, and the
 # part of the free KV slots that these may take, all requests together.
 AHEAD = 32
@@ -20,6 +22,12 @@ def serve(worker) -> None:
 def columns(reqs, overlap: bool) -> int | None:
     """See ``IsdWorker.columns_ahead``; None where no worker serves."""
     return None if _worker is None else _worker.columns_ahead(reqs, overlap)
+
+
+def allocated(batch) -> None:
+    """The slots of a decode step of ``batch`` are there."""
+    if _worker is not None and _worker.masks is not None:
+        note_columns(batch)
 
 
 def in_hand(reqs, ahead: int, page_size: int) -> bool:

@@ -19,6 +19,7 @@ from idlm_sglang.engine.state import Carried
 from idlm_sglang.engine.step_inputs import Adjust, Layout, Requests, StepInputs, load
 from idlm_sglang.isd import BRANCH, SamplingRows, StepOutcome, first_proposal, isd_step, target_scores
 from idlm_sglang.isd.noise import NoiseAhead
+from idlm_sglang.isd.parts import in_parts
 from idlm_sglang.isd.propose import Proposal
 from idlm_sglang.isd.target import choice
 
@@ -77,8 +78,10 @@ class TorchOps:
 
     def step(self, logits, requests, inputs, sampling, salvage) -> StepOutcome:
         carried, tables = inputs.carried, requests.state.tables(logits.shape[1] // 2)
-        return isd_step(
-            logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage, tables, inputs.masks
+        # Where all are greedy little more than the logits is needed.
+        some = in_parts if sampling.any_sampled else lambda step, *args: step(*args)
+        return some(
+            isd_step, logits, carried.drafts, carried.counts, carried.log_q, carried.q, requests.limits, requests.seq_lens, sampling, inputs.forks, salvage, tables, inputs.masks
         )
 
     def store(self, requests, inputs, step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +90,7 @@ class TorchOps:
         return lengths, torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
 
     def first(self, logits, requests, sampling, sure=False) -> Proposal:
-        proposal = first_proposal(logits, requests.limits, requests.seq_lens, sampling, sure)
+        proposal = in_parts(first_proposal, logits, requests.limits, requests.seq_lens, sampling, sure)
         requests.state.store(requests.slots, requests.numbers, requests.seq_lens, proposal)
         return proposal
 

@@ -9,7 +9,7 @@ from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from idlm_sglang.engine.grammar import GrammarStep
-from idlm_sglang.engine.masks import columns_of
+from idlm_sglang.engine.penalties import PenalisedRows
 from idlm_sglang.engine.ragged import RaggedRows, trimmed
 from idlm_sglang.engine.requests import BatchRows
 from idlm_sglang.engine.spec_io import IsdResult, IsdVerifyInput, decode_result
@@ -17,6 +17,7 @@ from idlm_sglang.engine.state import Carried
 from idlm_sglang.engine.step_inputs import Layout, Requests
 from idlm_sglang.isd import BRANCH, OFF
 from idlm_sglang.isd.layout import drafts_in_front
+from idlm_sglang.isd.parts import parts
 from idlm_sglang.isd.penalties import penalise
 
 
@@ -88,7 +89,7 @@ class StridedStep:
         batch.out_cache_loc = self.flat(self.places)
         mask = None
         if self._salvage == BRANCH and worker.masks is not None:
-            mask = worker.masks.write(self._carried.counts, self._inputs.forks, batch.seq_lens, self.width, columns_of(batch.reqs))
+            mask = worker.masks.write(self._carried.counts, self._inputs.forks, batch.seq_lens, self.width, batch.idlm_columns)
         layout = None if self.ragged is None else self.ragged.layout()
         verify = IsdVerifyInput(
             self.flat(self.tokens), self.flat(self.positions), self.width, custom_mask=mask, new_visible=self.visible, ragged_verify_layout=layout
@@ -131,18 +132,9 @@ class StridedStep:
 
     def _with_request_terms(self, logits: torch.Tensor) -> torch.Tensor:
         """What the requests add to the logits, in the order of SGLang's sampler: penalties, grammar, bias, processors."""
-        worker, batch, rows, carried = self._worker, self._batch, self._rows, self._carried
-        info = batch.sampling_info
+        rows, info = self._rows, self._batch.sampling_info
         if rows.penalised is not None:
-            index = rows.penalised.index
-            logits[index] = penalise(
-                logits[index],
-                rows.penalised.penalties,
-                worker.counts.of(batch.req_pool_indices[index]),
-                carried.drafts[index],
-                drafts_in_front(carried.counts[index], self._inputs.forks[index], carried.drafts.shape[1], logits.shape[1]),
-                batch.seq_lens[index] + 1 - rows.penalised.prompt_lens,
-            )
+            self._penalise(logits, rows.penalised)
         if self._grammars is not None:
             self._grammars.apply(logits)
         if rows.single_grammar:
@@ -158,3 +150,16 @@ class StridedStep:
             apply_custom_logit_processor(first, info)
             logits[:, 0] = first
         return logits
+
+    def _penalise(self, logits: torch.Tensor, penalised: PenalisedRows) -> None:
+        worker, batch, carried = self._worker, self._batch, self._carried
+        for part in parts(len(penalised.index), logits.shape[1] * logits.shape[2]):
+            index = penalised.index[part]
+            logits[index] = penalise(
+                logits[index],
+                penalised.penalties.at(part),
+                worker.counts.of(batch.req_pool_indices[index]),
+                carried.drafts[index],
+                drafts_in_front(carried.counts[index], self._inputs.forks[index], carried.drafts.shape[1], logits.shape[1]),
+                batch.seq_lens[index] + 1 - penalised.prompt_lens[part],
+            )

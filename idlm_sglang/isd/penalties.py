@@ -12,7 +12,7 @@ MASK rows count the drafts of the step that they see. They cannot count the toke
 of q, which may be anything.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,11 @@ class PenaltyRows:
     end_tokens: torch.Tensor
     any_repetition: bool
     any_min_new: bool
+
+    def at(self, index: torch.Tensor | slice) -> "PenaltyRows":
+        """Those of the requests ``index`` ``(P',)`` int64, or of a slice."""
+        tensors = {name: getattr(self, name)[index] for name in ("frequency", "presence", "repetition", "min_new", "end_tokens")}
+        return replace(self, **tensors)
 
     def additive(self, counts: torch.Tensor) -> torch.Tensor:
         """What is added to logits: ``counts`` ``(P, ..)`` float32 to the same shape."""

@@ -59,8 +59,8 @@ class SamplingRows:
         """``(B,)`` bool."""
         return self.top_k <= 1
 
-    def at(self, index: torch.Tensor) -> "SamplingRows":
-        """Those of the requests ``index`` ``(B',)`` int64."""
+    def at(self, index: torch.Tensor | slice) -> "SamplingRows":
+        """Those of the requests ``index`` ``(B',)`` int64, or of a slice."""
         tensors = {name: getattr(self, name)[index] for name in ("temperature", "top_k", "top_p", "min_p", "seed", "coupled")}
         return replace(self, **tensors)
 

@@ -24,6 +24,7 @@ from idlm_sglang.engine.state import SlotState
 from idlm_sglang.engine.step_ops import step_ops
 from idlm_sglang.engine.strided import StridedStep
 from idlm_sglang.engine.worker import IsdWorker
+from idlm_sglang.isd import SamplingRows, parts
 from idlm_sglang.isd.penalties import PenaltyRows
 
 SLOTS, COLUMNS, VOCAB, K, BATCH = 9, 64, 50, 3, 4
@@ -66,14 +67,13 @@ def fake_rows(device, rejection):
     def column(value, dtype):
         return torch.full((BATCH,), value, dtype=dtype, device=device)
 
-    sampling = SimpleNamespace(
+    sampling = SamplingRows(
         temperature=column(1.0, torch.float32),
         top_k=column(20, torch.int32),
         top_p=column(0.9, torch.float32),
         min_p=column(0.05, torch.float32),
         seed=column(1, torch.int64),
         coupled=column(not rejection, torch.bool),
-        greedy=column(False, torch.bool),
         any_sampled=True,
         any_truncated=True,
         largest_top_k=20,
@@ -96,7 +96,8 @@ def fake_rows(device, rejection):
 
 def fake_batch(device):
     return SimpleNamespace(
-        reqs=[SimpleNamespace(kv=SimpleNamespace(kv_allocated_len=COLUMNS))] * BATCH,
+        reqs=[SimpleNamespace()] * BATCH,
+        idlm_columns=BATCH * COLUMNS,
         req_pool_indices=torch.arange(1, BATCH + 1, device=device),
         seq_lens=torch.full((BATCH,), 10, dtype=torch.int64, device=device),
         spec_info=SimpleNamespace(bonus_tokens=torch.zeros(BATCH, dtype=torch.int64, device=device)),
@@ -138,9 +139,10 @@ def step(device, rejection, monkeypatch, salvage=OFF, kind=TORCH, launched=None)
 
 
 @pytest.mark.parametrize("rejection", [True, False])
-@pytest.mark.parametrize("salvage", [OFF, BRANCH, CHAIN])
+@pytest.mark.parametrize("salvage, at_once", [(OFF, BATCH), (BRANCH, BATCH), (CHAIN, BATCH), (CHAIN, 1)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_strided_step_reads_nothing_back(device, salvage, rejection, monkeypatch):
+def test_a_strided_step_reads_nothing_back(device, salvage, at_once, rejection, monkeypatch):
+    monkeypatch.setattr(parts, "CELLS", at_once * (2 * K + 1) * VOCAB)
     result, published = step(device, rejection, monkeypatch, salvage)
     assert result.next_token_ids.shape == (BATCH * (K + 1),) and result.round_stats.shape == (BATCH, 4)
     assert len(published) == 1, "the new lengths are published once per forward"

@@ -9,7 +9,7 @@ from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
 import idlm_kernels.masks
 from idlm_sglang.engine import masks
-from idlm_sglang.engine.masks import BranchMask, columns_of
+from idlm_sglang.engine.masks import BranchMask, note_columns
 from idlm_sglang.isd import visible_rows
 from tests.platform.reference import naive_attention, paged_batch
 
@@ -28,8 +28,9 @@ def rounds(seed: int):
 
 
 def columns(batch, spare: int = 0) -> int:
-    reqs = [SimpleNamespace(kv=SimpleNamespace(kv_allocated_len=n + spare)) for n in (batch.prefix_lens + batch.row_counts).tolist()]
-    return columns_of(reqs)
+    noted = SimpleNamespace(reqs=[SimpleNamespace(kv=SimpleNamespace(kv_allocated_len=n + spare)) for n in (batch.prefix_lens + batch.row_counts).tolist()])
+    note_columns(noted)
+    return noted.idlm_columns
 
 
 def attend(batch, mask, device) -> torch.Tensor:

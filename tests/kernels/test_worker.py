@@ -49,7 +49,7 @@ def request(number: int, coupled: bool = True, grammar=None, limit: int | None =
     neutral = dict(frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0, stop_token_ids=[7, 9])
     params = SimpleNamespace(**{**SAMPLED, **neutral, **params})
     req = SimpleNamespace(idlm_plan=plan, sampling_params=params, grammar=grammar, tokenizer=None, eos_token_ids=[2], origin_input_ids=[0] * PROMPT)
-    req.finished, req.kv = lambda: False, SimpleNamespace(kv_allocated_len=COLUMNS)
+    req.finished = lambda: False
     return req
 
 
@@ -94,7 +94,7 @@ class Arm:
         slots = torch.randperm(SLOTS - 1, generator=torch.Generator().manual_seed(2))[: len(reqs)] + 1
         lengths = torch.arange(PROMPT, PROMPT + len(reqs))
         self.batch = SimpleNamespace(
-            reqs=reqs, req_pool_indices=slots.to(device), seq_lens=lengths.to(device), sampling_info=info, return_logprob=False,
+            reqs=reqs, idlm_columns=len(reqs) * COLUMNS, req_pool_indices=slots.to(device), seq_lens=lengths.to(device), sampling_info=info, return_logprob=False,
             spec_info=SimpleNamespace(bonus_tokens=torch.full((len(reqs),), 40, device=device)),
         )  # fmt: skip
         worker.counts.restart(self.batch.req_pool_indices, [[40, 50, 50] for _ in reqs])
