@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sglang.srt.arg_groups.overrides import declare_resolution
+from sglang.srt.environ import envs
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from idlm_sglang import adapter, checkpoint
@@ -64,6 +65,8 @@ _REFUSED = (
     ("model_impl", lambda v: str(v) not in ("auto", "sglang"), "--model-impl", "auto, sglang"),
     ("is_embedding", bool, "--is-embedding", "off"),
     ("page_size", lambda v: v is not None and v not in PAGE_SIZES, "--page-size", ", ".join(map(str, PAGE_SIZES))),
+    # AR reads its own row's keys and values back from the cache, rounded; a verify forward reads those of its rows as they are.
+    ("kv_cache_dtype", lambda v: v not in (None, "auto", "bfloat16", "bf16"), "--kv-cache-dtype", "auto, bfloat16"),
 )
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
@@ -74,6 +77,9 @@ def refuse_unserved(server_args) -> None:
         value = getattr(server_args, field)
         if refused(value):
             raise SettingError(f"{flag} {value} cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: {allowed}")
+    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        # It leaves next to nothing for steps that are not captured, and the cache is there only behind the time at which steps are measured in it.
+        raise SettingError(f"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1 cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: 0, or unset")
     if not accelerator_available():
         # Its masks, for requests without a grammar of their own, have no CPU path; the first request would end the server.
         if server_args.enable_strict_thinking:
@@ -200,6 +206,7 @@ class IsdAlgorithm(CustomSpecAlgo):
         compat.assert_applied()
         settings = read_settings(server_args.speculative_num_steps)
         refuse_unserved(server_args)
+        refuse_captured_prompts(server_args)
         graphs, step_ops = resolve_graphs(settings.decode_graphs, server_args), resolve_step_ops(settings.step_ops, server_args.device)
         salvage = resolve_salvage(settings.salvage, server_args, graphs)
         ragged = resolve_ragged(settings.ragged_verify, _verifies(server_args), graphs, step_ops, server_args.tp_size)
@@ -223,7 +230,7 @@ class IsdAlgorithm(CustomSpecAlgo):
         server_args.speculative_eagle_topk = 1
         server_args.speculative_num_draft_tokens = settings.max_width
         if server_args.max_running_requests is None:
-            server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS * (server_args.dp_size or 1)
+            server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         if graphs == OFF:
             disable_decode_graphs(server_args)
 
@@ -250,6 +257,13 @@ def resolve_graphs(asked: str, server_args) -> str:
     if backend != "full":
         raise SettingError(f"IDLM_DECODE_GRAPHS=on cannot be served with --cuda-graph-backend-decode {backend}; allowed: full, or IDLM_DECODE_GRAPHS=off")
     return ON
+
+
+def refuse_captured_prompts(server_args) -> None:
+    """``--cuda-graph-backend-prefill full`` in the words of ``--cuda-graph-config``."""
+    config = server_args.cuda_graph_config
+    if accelerator_available() and config is not None and getattr(config.prefill.backend, "value", config.prefill.backend) == "full":
+        raise SettingError(f"--cuda-graph-config with a prefill backend of full cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: breakable, disabled")
 
 
 def disable_decode_graphs(server_args) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_serving
+from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_schedule, get_serving
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import record_stream_for_v2_verify
 
 from idlm_sglang.checkpoint import ARCHITECTURE
-from idlm_sglang.config import AUTO, MAX_STRIDE, ON, REJECTION, SettingError, handed_down
+from idlm_sglang.config import ALGORITHM, AUTO, MAX_STRIDE, ON, REJECTION, SettingError, handed_down
 from idlm_sglang.engine import graphs, lora, masks, reserve
 from idlm_sglang.engine.admission import plan_of
 from idlm_sglang.engine.beside import can_join, prefill
@@ -65,6 +65,10 @@ class IsdWorker(BaseSpecWorker):
         compat.assert_applied()
         self._target_worker = target_worker
         self.model_runner = target_worker.model_runner
+        if self.model_runner.kv_cache_dtype != self.model_runner.dtype:
+            # As for --kv-cache-dtype in engine.algorithm; a checkpoint may ask for it, too.
+            kinds = [str(kind).removeprefix("torch.") for kind in (self.model_runner.kv_cache_dtype, self.model_runner.dtype)]
+            raise SettingError(f"a KV cache in {kinds[0]} cannot be served with --speculative-algorithm {ALGORITHM}; allowed: --kv-cache-dtype {kinds[1]}, the model's own")
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.ops = step_ops(self.settings.step_ops)
@@ -86,6 +90,7 @@ class IsdWorker(BaseSpecWorker):
         self.vocab = self.model_runner.model_config.vocab_size
         self._most_rows = _LOGITS // (4 * self.vocab)
         self.last_position = self.model_runner.model_config.context_len - 1
+        self._held = self._hold()
         self.state: SlotState | None = None
         self.counts: TokenCounts | None = None
         self._rows: dict[tuple, BatchRows] = {}
@@ -96,6 +101,18 @@ class IsdWorker(BaseSpecWorker):
         self.phases = StepPhases()
         self.strides = StrideSeries(labels)
         self.metrics = IsdMetrics(self.settings.max_stride - 1, labels, self.phases.seconds, self.strides) if counts else None
+
+    @property
+    def _keeps_q(self) -> bool:
+        return self.settings.sampling_rule == REJECTION
+
+    def _hold(self) -> list[torch.Tensor]:
+        """Memory of an accelerator for what the slots keep, until they are there: SGLang gives the KV cache what is free, and that comes first."""
+        if self.device == "cpu":
+            return []
+        slots = get_schedule().max_running_requests + 1
+        sizes = [slots * self.vocab * 4, SlotState.q_bytes(slots, self.settings.max_stride - 1, self.vocab) * self._keeps_q]
+        return [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes if size]
 
     # What SGLang asks of a speculative worker.
 
@@ -110,10 +127,11 @@ class IsdWorker(BaseSpecWorker):
 
     def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None):
         super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
+        self._held = None
         self.req_to_token = req_to_token_pool.req_to_token
         slots, drafts = self.req_to_token.shape[0], self.settings.max_stride - 1
         self.gate.reserve(slots * drafts, self.device)
-        keep_q = self.settings.sampling_rule == REJECTION
+        keep_q = self._keeps_q
         self.state = SlotState(slots, drafts, self.vocab, keep_q, self.device)
         self.counts = TokenCounts(slots, self.vocab, self.device)
         logger.info(

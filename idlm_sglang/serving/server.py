@@ -84,6 +84,7 @@ def describe(server_args: Any) -> dict[str, Any]:
 
     from idlm_sglang.config import handed_down, read_settings
     from idlm_sglang.engine.algorithm import check_checkpoint
+    from idlm_sglang.platform import accelerator_available
     from idlm_sglang.serving.device import device_name
 
     cfg = resolving_view(server_args)
@@ -110,6 +111,9 @@ def describe(server_args: Any) -> dict[str, Any]:
         "device": device_name(cfg.device),
         "platform": type(current_platform).__name__,
         "attention": _attention(cfg),
+        "replicas": 1 if cfg.enable_dp_attention else cfg.dp_size,
+        "decode_graphs": settings.decode_graphs if strided and accelerator_available() else None,
+        "step_ops": settings.step_ops if strided else None,
         "tp": cfg.tp_size,
         "dp": cfg.dp_size,
         "metrics": cfg.enable_metrics,

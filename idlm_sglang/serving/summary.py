@@ -5,6 +5,7 @@ import shlex
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from idlm_sglang.config import ON
 from idlm_sglang.serving.options import Launch
 
 DEMO_QUESTION = "What is an introspective diffusion language model?"
@@ -49,8 +50,9 @@ def text(launch: Launch, resolved: dict[str, Any]) -> str:
         ("decoding", _decoding(resolved)),
         *([("adapter", _adapter(resolved["lora"]))] if resolved["lora"] else []),
         ("MASK", _mask(resolved)),
-        ("concurrency", f"{resolved['concurrency']} requests" if resolved["concurrency"] else "as much as memory allows"),
+        ("concurrency", _concurrency(resolved)),
         ("device", _device(resolved)),
+        *([("steps", _steps(resolved))] if resolved["decode_graphs"] else []),
         ("metrics", f"{url}/metrics" if resolved["metrics"] else "off (--no-metrics)"),
         *([("live page", f"{url}/idlm")] if resolved["live"] else []),
         ("log", "below" if launch.log_file is None else str(launch.log_file)),
@@ -70,6 +72,19 @@ def _decoding(resolved: dict[str, Any]) -> str:
         return f"stride auto: 1 to {resolved['max_stride']} tokens per forward, whichever is fastest; sampling rule {resolved['rule']}"
     more = f", requests may ask for up to {resolved['max_stride']}" if resolved["max_stride"] > stride else ""
     return f"stride {stride}: up to {stride} tokens per forward of {2 * stride - 1} rows{more}; sampling rule {resolved['rule']}"
+
+
+def _concurrency(resolved: dict[str, Any]) -> str:
+    if not resolved["concurrency"]:
+        return "as much as memory allows"
+    return f"{resolved['concurrency']} requests{' per replica' if resolved['replicas'] > 1 else ''}"
+
+
+def _steps(resolved: dict[str, Any]) -> str:
+    """On a GPU: whether the host stands between a step and the next."""
+    if resolved["decode_graphs"] == ON:
+        return f"decode graphs on, step ops {resolved['step_ops']}"
+    return f"decode graphs off, step ops {resolved['step_ops']}: AR, whose graphs are on, may be faster (docs/gpu-validation.md; --decode-graphs on)"
 
 
 def _adapter(lora: dict[str, Any]) -> str:

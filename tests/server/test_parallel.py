@@ -64,6 +64,7 @@ def test_data_parallel_ranks_have_their_own_series(ar, dp2):
     text = requests.get(dp2.url + "/metrics", timeout=30).text
     live = dp2.live()
     assert not differing(want, got)
+    assert [state["effective_max_running_requests_per_dp"] for state in dp2.info()["internal_states"]][0] == 64, "as many on each replica as on one server"
     # Replicas with one seed would give every answer twice.
     assert len({tuple(ids(a)) for a in unseeded}) > 34, "ranks must not draw the same numbers"
     found = re.findall(r'^idlm:tokens_committed_total\{dp_rank="(\d)",[^}]*\} (\S+)', text, re.M)

@@ -27,6 +27,8 @@ CASES = {
         {"IDLM_SALVAGE": "branch"},
     ),
     "ragged": (ISD, {"IDLM_RAGGED_VERIFY": "on"}),
+    "prompts captured": ((*ISD, "--cuda-graph-config", '{"prefill":{"backend":"full"}}'), {}),
+    "replicas": ((*ISD, "--dp-size", "2"), {}),
     "float32": ((*ISD, "--dtype", "float32"), {}),
     "float32 ar": (("--dtype", "float32"), {"TRITON_F32_DEFAULT": "tf32"}),
 }
@@ -78,6 +80,14 @@ def test_rows_graphs_and_requests_at_a_time(found):
     assert auto["speculative_num_draft_tokens"] == 15 and auto["max_running_requests"] == 64 and auto["page_size"] == 1
     assert auto["decode_graphs"] == "disabled" and graphs["decode_graphs"] == found["ar"]["resolved"]["decode_graphs"] == "full"
     assert "IDLM_RAGGED_VERIFY=on" in found["ragged"]["refused"]
+
+
+def test_captured_prompts_are_refused_in_any_words(found):
+    assert "--cuda-graph-config" in found["prompts captured"]["refused"] and "; allowed: breakable, disabled" in found["prompts captured"]["refused"]
+
+
+def test_each_replica_serves_as_many_requests_as_one_server(found):
+    assert found["replicas"]["resolved"]["max_running_requests"] == 64
 
 
 def test_float32_is_float32(found):

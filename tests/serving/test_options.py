@@ -60,7 +60,9 @@ def test_a_config_file_wins_over_the_defaults(tmp_path):
 def test_ar_serves_the_same_checkpoint_without_an_algorithm():
     argv = launch("--ar", "--dp-size", "2").argv
     assert "--speculative-algorithm" not in argv
-    assert argv[argv.index("--max-running-requests") + 1] == "128"
+    assert argv[argv.index("--max-running-requests") + 1] == "64", "of each replica"
+    argv = launch("--ar", "--dp-size", "2", "--tp-size", "2", "--enable-dp-attention").argv
+    assert argv[argv.index("--max-running-requests") + 1] == "128", "of all ranks"
 
 
 def test_settings_travel_in_the_environment_and_errors_name_what_was_typed():

@@ -25,6 +25,9 @@ RESOLVED = {
     "device": "NVIDIA H200, 140 GiB",
     "platform": "CudaSRTPlatform",
     "attention": "triton",
+    "replicas": 1,
+    "decode_graphs": "off",
+    "step_ops": "torch",
     "tp": 2,
     "dp": 1,
     "metrics": True,
@@ -58,7 +61,8 @@ def test_the_summary_names_every_choice():
         "m: SDARForCausalLM, served as IDLMForCausalLM, bfloat16",
         "stride 4: up to 4 tokens per forward of 7 rows, requests may ask for up to 8; sampling rule coupled",
         "token 151669, from the config",
-        "64 requests",
+        "64 requests\n",
+        "decode graphs off, step ops torch: AR, whose graphs are on, may be faster (docs/gpu-validation.md; --decode-graphs on)\n",
         "NVIDIA H200, 140 GiB, triton attention, TP 2, platform CudaSRTPlatform",
         "http://127.0.0.1:31200/metrics",
         "http://127.0.0.1:31200/idlm\n",
@@ -72,8 +76,14 @@ def test_the_summary_of_a_server_that_chooses_its_stride_says_between_what():
     assert "stride auto: 1 to 8 tokens per forward, whichever is fastest; sampling rule coupled" in summary.text(a_launch(), RESOLVED | {"auto": True})
 
 
+def test_the_summary_of_replicas_says_what_each_serves():
+    assert "64 requests per replica\n" in summary.text(a_launch(), RESOLVED | {"dp": 2, "replicas": 2})
+    assert "decode graphs on, step ops triton\n" in summary.text(a_launch(), RESOLVED | {"decode_graphs": "on", "step_ops": "triton"})
+    assert "decode graphs" not in summary.text(a_launch(), RESOLVED | {"decode_graphs": None}), "on a CPU"
+
+
 def test_the_summary_of_an_ar_server_speaks_of_no_stride():
-    resolved = RESOLVED | {"algorithm": None, "stride": None, "max_stride": None, "rule": None, "mask": None, "metrics": False, "live": False}
+    resolved = RESOLVED | {"algorithm": None, "stride": None, "max_stride": None, "rule": None, "mask": None, "decode_graphs": None, "metrics": False, "live": False}
     text = summary.text(a_launch(), resolved)
     assert "autoregressive" in text and "stride" not in text and "off (--no-metrics)" in text and "/idlm" not in text
 

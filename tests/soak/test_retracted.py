@@ -37,7 +37,7 @@ def arm(name: str, logs, directory, *flags: str, env: dict | None = None) -> Ser
 @pytest.mark.parametrize("name", ARMS)
 def test_streams_that_echo_their_prompt_keep_its_logprobs(name, soak_logs, tmp_path):
     def has_them(text: str) -> bool:
-        body = {"model": "m", "prompt": text, "max_tokens": 3, "temperature": 0, "stream": True, "echo": True, "logprobs": 1}
+        body = {"model": "m", "prompt": text, "max_tokens": 24, "temperature": 0, "stream": True, "echo": True, "logprobs": 1}
         with server.post("/v1/completions", body, stream=True) as reply:
             events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith(b"data: {")]
         found = [p for event in events for choice in event["choices"] for p in (choice["logprobs"] or {}).get("token_logprobs", [])]
