@@ -33,7 +33,7 @@ from idlm_sglang.compat.figures import (
     state_report,
     stride_handler,
 )
-from idlm_sglang.compat.graphs import graphs_by_stride, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
+from idlm_sglang.compat.graphs import graphs_by_stride, room_behind_context, rows_of_graphs, verify_input_of_dummies, verify_runs_by_call
 from idlm_sglang.compat.isolation import isolated_at_once
 from idlm_sglang.compat.live import add_live_page
 from idlm_sglang.compat.outputs import embeds_by_row, find_prompt_logprobs, keep_output, own_prompt_logprobs, search_in_time, send_what_is_new
@@ -153,6 +153,7 @@ PATCHES = (
     Patch(_SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats", "BEFORE", own_accept_rate),
     Patch(_MODEL_RUNNER + "._decode_cuda_graph_runner_cls", "AFTER", graphs_by_stride),
     Patch(_MODEL_RUNNER + ".max_shared_logits_buffer_rows", "AROUND", rows_of_graphs),
+    Patch(_SRT + "model_executor.model_runner_components.attention_backend_setup._build_resolved_backend", "AFTER", room_behind_context),
     Patch(_SRT + "model_executor.runner.base_runner.create_dummy_verify_input", "AFTER", verify_input_of_dummies),
     Patch(_INTERNAL + "._update_handlers", "AFTER", stride_handler),
     Patch(_INTERNAL + "._add_speculative", "AFTER", state_report),

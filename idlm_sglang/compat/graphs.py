@@ -1,4 +1,4 @@
-"""Graphs of decode forwards: which runner captures them, and with what input."""
+"""Forwards on a GPU: which runner captures them, with what input, and how much room their attention has."""
 
 from collections.abc import Callable
 
@@ -42,6 +42,24 @@ def verify_input_of_dummies(result, spec_algorithm, custom_mask, num_tokens_per_
     from idlm_sglang.engine.spec_io import IsdVerifyInput
 
     return IsdVerifyInput(draft_token=None, positions=None, draft_token_num=num_tokens_per_req)
+
+
+def room_behind_context(backend, *, resolved, **_) -> None:
+    """What: ``_build_resolved_backend``'s Triton attention takes a request to have up to W columns more than the context.
+    Why: where the lengths are on the device alone, the list of a forward's columns is sized by the context; a step behind one whose result is
+    not known yet may begin up to N - 5 columns further, and they would be written behind the list.
+    Guard: the hook applied; a test on SGLang's own classes.
+    Goes when: SGLang sizes the list by what a speculative step may have committed.
+    """
+    if not is_isd() or "triton" not in (resolved.prefill, resolved.decode):
+        return
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    from idlm_sglang.config import handed_down
+
+    for part in (backend, getattr(backend, "prefill_backend", None), getattr(backend, "decode_backend", None)):
+        if isinstance(part, TritonAttnBackend):
+            part.max_context_len += handed_down().max_width
 
 
 def verify_runs_by_call(result: bool, mode) -> bool:

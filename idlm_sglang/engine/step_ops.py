@@ -7,6 +7,7 @@ sampler of prefill and stride 1 call the same ops: the two kinds round scores di
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
@@ -30,6 +31,14 @@ logger = logging.getLogger(__name__)
 AUTO_ON_CUDA = TORCH
 
 
+# What becomes of drafts between their draw and the slots (`engine.ranks`).
+Agree = Callable[[Proposal], Proposal]
+
+
+def _as_drawn(proposal: Proposal) -> Proposal:
+    return proposal
+
+
 class StepOps(Protocol):
     """Shapes as in `idlm_sglang.isd`: B requests, K drafts, W = 2K + 1 rows, V tokens."""
 
@@ -51,8 +60,8 @@ class StepOps(Protocol):
         Returns these ``(B,)``, and the step's figures ``(B, 4)`` float32 (`spec_io.IsdResult`).
         """
 
-    def first(self, logits: torch.Tensor, requests: Requests, sampling: SamplingRows, sure: bool = False) -> Proposal:
-        """`isd.first_proposal`, kept in the slots. ``sure``: with how sure the drafts are, which the kernels do not say."""
+    def first(self, logits: torch.Tensor, requests: Requests, sampling: SamplingRows, sure: bool = False, agree: Agree = _as_drawn) -> Proposal:
+        """`isd.first_proposal`, kept in the slots as ``agree`` returns it. ``sure``: with how sure the drafts are, which the kernels do not say."""
 
     def keep(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         """What :meth:`draw` and :meth:`probabilities` need of ``logits`` ``(B, 1, V)`` float32, which the caller then overwrites."""
@@ -89,8 +98,8 @@ class TorchOps:
         requests.state.store(requests.slots, requests.numbers, lengths, step.proposal)
         return lengths, torch.stack([carried.counts, step.deciding, step.introspection, carried.clean], dim=1)
 
-    def first(self, logits, requests, sampling, sure=False) -> Proposal:
-        proposal = in_parts(first_proposal, logits, requests.limits, requests.seq_lens, sampling, sure)
+    def first(self, logits, requests, sampling, sure=False, agree=_as_drawn) -> Proposal:
+        proposal = agree(in_parts(first_proposal, logits, requests.limits, requests.seq_lens, sampling, sure))
         requests.state.store(requests.slots, requests.numbers, requests.seq_lens, proposal)
         return proposal
 
@@ -147,11 +156,12 @@ class TritonOps:
         next_ = step.proposal
         return self._keep(requests, next_.drafts, next_.counts, next_.clean, next_.log_q, verified)
 
-    def first(self, logits, requests, sampling, sure=False) -> Proposal:
+    def first(self, logits, requests, sampling, sure=False, agree=_as_drawn) -> Proposal:
         draws = self._step.first_drafts(self._plain(logits, requests.seq_lens), sampling, requests.state.q, requests.slots)
         counts = requests.limits.to(torch.int64).clamp(max=logits.shape[1])
-        self._keep(requests, draws.tokens, counts, counts, draws.log_p)
-        return Proposal(draws.tokens, counts, draws.log_p, None, counts)
+        proposal = agree(Proposal(draws.tokens, counts, draws.log_p, None, counts))
+        self._keep(requests, proposal.drafts, proposal.counts, proposal.clean, proposal.log_q)
+        return proposal
 
     def _keep(self, requests, *drafts):
         return self._slots.store(requests.state, requests.slots, requests.numbers, requests.seq_lens, *drafts)

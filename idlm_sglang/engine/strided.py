@@ -113,7 +113,7 @@ class StridedStep:
         """
         worker, batch, rows, k = self._worker, self._batch, self._rows, self._rows.drafts
         logits = self._with_request_terms(logits)
-        step = worker.ops.step(logits, self._requests, self._inputs, rows.sampling(batch.sampling_info), self._salvage != OFF)
+        step = worker.ranks.step(worker.ops.step(logits, self._requests, self._inputs, rows.sampling(batch.sampling_info), self._salvage != OFF))
         new_seq_lens, stats = worker.ops.store(self._requests, self._inputs, step)
         if rows.penalised is not None:
             worker.count(batch, rows.penalised, step.tokens, step.accept_lens)

@@ -141,4 +141,4 @@ def first_drafts(worker, batch, masked: list[int], rows: BatchRows, logits: torc
     if info.logit_bias is not None:
         proposing = proposing + info.logit_bias[index][:, None]
     requests = Requests(worker.state, batch.req_pool_indices[index], rows.numbers[index], lengths, rows.limits[index])
-    worker.ops.first(proposing, requests, rows.sampling(info).at(index), worker.trims)
+    worker.ops.first(proposing, requests, rows.sampling(info).at(index), worker.trims, worker.ranks.drafts)

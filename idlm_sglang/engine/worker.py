@@ -21,6 +21,7 @@ from idlm_sglang.engine.grammar import STRIDED_BACKENDS
 from idlm_sglang.engine.metrics import IsdMetrics
 from idlm_sglang.engine.penalties import TokenCounts, penalised_rows, sampler_terms
 from idlm_sglang.engine.phases import PREFILL, StepPhases
+from idlm_sglang.engine.ranks import Ranks
 from idlm_sglang.engine.requests import BatchRows, server_seed, stride_limit
 from idlm_sglang.engine.single import SingleStep
 from idlm_sglang.engine.spec_io import IsdDraftInput, IsdResult
@@ -72,6 +73,7 @@ class IsdWorker(BaseSpecWorker):
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.ops = step_ops(self.settings.step_ops)
+        self.ranks = Ranks(get_parallel().tp_group)
         self.trims = self.settings.ragged_verify == ON
         self.stride = self.settings.stride
         self.auto = self.settings.auto

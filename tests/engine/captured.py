@@ -130,6 +130,7 @@ class Run:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
         from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+        from idlm_sglang.engine.masks import note_columns
         from idlm_sglang.engine.spec_io import IsdDraftInput
 
         worker, runner = self._worker, self._worker.model_runner
@@ -137,6 +138,7 @@ class Run:
         batch = ScheduleBatch.init_new(
             self._reqs[:size], runner.req_to_token_pool, runner.token_to_kv_pool_allocator, None, runner.model_config, False, runner.spec_algorithm
         )
+        note_columns(batch)
         batch.forward_mode = ForwardMode.DECODE
         batch.req_pool_indices_cpu = torch.arange(1, size + 1)
         batch.req_pool_indices = batch.req_pool_indices_cpu.to(worker.device)
@@ -208,6 +210,7 @@ def main(backend: str, *rest: str) -> None:
     graphs = found.model_runner.decode_cuda_graph_runner
     with torch.no_grad():
         eager, captured = Run(found, None), Run(found, graphs)
+    backends = [found.model_runner.attn_backend, *(one.attn_backend for one in graphs.runners.values())]
     print(
         json.dumps(
             {
@@ -224,6 +227,9 @@ def main(backend: str, *rest: str) -> None:
                 "drafts_tried": int(captured.state[:, 0].sum()),
                 "hidden": eager.hidden,
                 "attention_apart": eager.attention_apart,
+                "backend": backend,
+                "room": [getattr(one, "max_context_len", None) for one in backends],
+                "context": found.model_runner.model_config.context_len,
             }
         )
     )

@@ -186,4 +186,7 @@ def test_replays_give_the_tokens_of_eager_steps(steps):
     # KV, drafts and their stamps as after eager steps; padding wrote nothing but the padding slot.
     assert steps["kv_apart"] < 1e-3 and steps["state_apart"] == 0
     assert steps["touched"] == steps["eager_touched"] == 0 and steps["padding_state"] == 0
+    # A step may begin behind the context, where the one before it is not known to have ended its request.
+    room = {one for one in steps["room"] if one is not None}
+    assert room <= {steps["context"] + 2 * max(STRIDES) - 1} and bool(room) == ("triton" in steps["backend"])
     print(f"{sum(steps['replayed'])} of {len(STEPS)} steps replayed, {accepted} tokens, KV apart by {steps['kv_apart']:.1e}")

@@ -20,6 +20,7 @@ from idlm_sglang.engine.masks import BranchMask
 from idlm_sglang.engine.spec_io import IsdVerifyInput
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
+from idlm_sglang.engine.ranks import Ranks
 from idlm_sglang.engine.state import SlotState
 from idlm_sglang.engine.step_ops import step_ops
 from idlm_sglang.engine.strided import StridedStep
@@ -50,6 +51,7 @@ def fake_worker(device, logits, salvage, kind):
         return out
 
     worker._target_worker = SimpleNamespace(forward_batch_generation=forward)
+    worker.ranks = Ranks()
     worker.trims = False  # that looks at the drafts, on a CPU, where they are at hand
     return worker
 

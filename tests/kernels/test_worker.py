@@ -16,6 +16,7 @@ from idlm_sglang.engine.lora import Gate
 from idlm_sglang.engine.masks import BranchMask
 from idlm_sglang.engine.penalties import TokenCounts
 from idlm_sglang.engine.phases import StepPhases
+from idlm_sglang.engine.ranks import Ranks
 from idlm_sglang.engine.requests import STRIDED, BatchRows, RequestPlan
 from idlm_sglang.engine.sampler import TokenKeyedSampler
 from idlm_sglang.engine.spec_io import IsdVerifyInput
@@ -80,7 +81,7 @@ class Arm:
         worker.counts = TokenCounts(SLOTS, VOCAB, device)
         worker.req_to_token = torch.randint(1, 9999, (SLOTS, COLUMNS), generator=torch.Generator().manual_seed(3)).int().to(device)
         worker.gate, worker.masks = Gate(adapted=False), BranchMask(device, worker.ops.hide) if salvage == BRANCH else None
-        worker.trims = False
+        worker.trims, worker.ranks = False, Ranks()
         worker._target_worker = SimpleNamespace(forward_batch_generation=lambda **_: self.out)
         self.worker, self.reqs, self.salvage, self.device, self.out = worker, reqs, salvage, device, None
         self.at_stride(K + 1)
