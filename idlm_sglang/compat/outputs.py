@@ -89,12 +89,14 @@ def embeds_by_row(_, batch) -> None:
         return
     import torch
 
+    from idlm_sglang.engine.transfer import on_device
+
     rows, first = [], 0
     for req, prefix, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
         if req.input_embeds is not None:
             rows.extend(range(first, first + min(length, len(req.input_embeds) - prefix)))
         first += length
-    embeds, places = batch.input_embeds, torch.tensor(rows, dtype=torch.long, device=batch.device)
+    embeds, places = batch.input_embeds, on_device(torch.tensor(rows, dtype=torch.long), batch.device)
     if batch.replace_embeds is not None:
         # What SGLang itself replaces it replaces in the embeddings, too.
         free = ~torch.isin(places, batch.replace_positions)

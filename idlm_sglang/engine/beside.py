@@ -28,13 +28,9 @@ def can_join(batch, rows: BatchRows) -> bool:
     return not (rows.drafts and (rows.single_grammar or batch.sampling_info.has_custom_logit_processor))
 
 
-def with_step(batch, step: StridedStep | SingleStep, lengths: torch.Tensor, lengths_cpu: torch.Tensor, slots: torch.Tensor):
-    """``batch``, a prefill batch that may be changed, with the rows of a decode step behind its own.
-
-    Args:
-        lengths, lengths_cpu: ``(B,)`` committed columns of the step's requests.
-        slots: ``(B,)`` their rows of the request table.
-    """
+def with_step(batch, step: StridedStep | SingleStep, partner):
+    """``batch``, a prefill batch that may be changed, with the rows of a decode step behind its own. ``partner``: the step's batch."""
+    lengths, lengths_cpu, slots = partner.seq_lens, partner.seq_lens_cpu, partner.req_pool_indices
     lens = step.lens
     rows = torch.tensor(lens, dtype=torch.int64)
     ends, ends_cpu = lengths + on_device(rows, lengths.device), lengths_cpu + rows
@@ -42,7 +38,7 @@ def with_step(batch, step: StridedStep | SingleStep, lengths: torch.Tensor, leng
     batch.out_cache_loc = torch.cat((batch.out_cache_loc, step.flat(step.places).to(batch.out_cache_loc.dtype)))
     batch.req_pool_indices = torch.cat((batch.req_pool_indices, slots))
     if batch.req_pool_indices_cpu is not None:
-        batch.req_pool_indices_cpu = torch.cat((batch.req_pool_indices_cpu, slots.to("cpu", batch.req_pool_indices_cpu.dtype)))
+        batch.req_pool_indices_cpu = torch.cat((batch.req_pool_indices_cpu, partner.req_pool_indices_cpu.to(batch.req_pool_indices_cpu.dtype)))
     batch.seq_lens = torch.cat((batch.seq_lens, ends.to(batch.seq_lens.dtype)))
     if batch.seq_lens_cpu is not None:
         batch.seq_lens_cpu = torch.cat((batch.seq_lens_cpu, ends_cpu.to(batch.seq_lens_cpu.dtype)))
@@ -96,7 +92,7 @@ def prefill(worker, batch, masked: list[int], rows: BatchRows | None, partner=No
     if partner is not None:
         step = _step(worker, partner)
         first = longer.extend_num_tokens
-        longer = with_step(longer, step, partner.seq_lens, partner.seq_lens_cpu, partner.req_pool_indices)
+        longer = with_step(longer, step, partner)
         read = [*read, *range(first, longer.extend_num_tokens)]
     worker.target_worker.set_hicache_consumer(batch.hicache_consumer_index)
     forward_batch = ForwardBatch.init_new(longer, worker.model_runner, return_hidden_states_before_norm=False)

@@ -96,7 +96,8 @@ def test_a_decode_steps_rows_extend_their_own_columns_behind_the_prompts():
     tokens, places = torch.tensor([[5, 6, MASK], [7, MASK, MASK]]), table[slots[:, None], lengths[:, None] + torch.arange(3)].long()
     step = SimpleNamespace(tokens=tokens, places=places, lens=ragged.lens, flat=ragged.pick)
 
-    with_step(batch, step, lengths, lengths, slots)
+    partner = SimpleNamespace(seq_lens=lengths, seq_lens_cpu=lengths, req_pool_indices=slots, req_pool_indices_cpu=slots)
+    with_step(batch, step, partner)
 
     assert batch.input_ids.tolist() == [10, 11, 12, 5, 6, MASK, 7, MASK] and batch.input_ids.dtype == torch.int32
     assert batch.extend_lens == [3, 3, 2] and batch.prefix_lens == [4, 9, 20] and batch.extend_num_tokens == 8

@@ -51,6 +51,15 @@ def test_greedy_and_seeded_answers_are_ars_wherever_they_stop(ar, branch):
     assert re.search("#retracted_reqs: [1-9]", branch.log.read_text(errors="replace"))
 
 
+def test_a_mask_has_room_for_a_request_that_ended_before_the_step(ar, branch):
+    """A grammar makes SGLang wait for the result before a step that it has prepared: a long request that ends by it has given its columns back."""
+    long = {"prompt": " ".join(prompts(30, seed=5)), "temperature": 0, "max_new_tokens": 8}
+    first = ids(ar.many([{**long, "max_new_tokens": 1}], 1)[0])[0]
+    calls = [{**long, "stop_token_ids": [first]}, {"prompt": CHOSEN[0], "temperature": 0, "max_new_tokens": 24, "regex": "[a-z ]{20,60}"}]
+    want, got = (server.batches(calls) for server in (ar, branch))
+    assert not differing(want, got) and got[0]["meta_info"]["completion_tokens"] == 1
+
+
 @pytest.mark.skipif(accelerator_available(), reason="where the CPU's own attention is")
 def test_every_round_accepts_what_it_accepts_on_the_cpus_own_attention(isd, branch):
     """The answers above do not depend on what MASK rows see; their drafts do."""
