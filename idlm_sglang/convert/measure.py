@@ -9,6 +9,10 @@ from idlm_sglang.convert.rows import NO_LABEL, Batch, clean_labels, tiles, with_
 from idlm_sglang.isd.stride import tokens_per_round
 
 
+# Blocks whose distributions are made at a time, on the device of their logits.
+_ROWS = 64
+
+
 class Acceptance:
     """P(draft j accepted | drafts before it accepted): greedy (argmax equal) and at temperature 1 (sum of min(p, q)), over blocks of K MASKs."""
 
@@ -49,8 +53,13 @@ def on_answers(encoded: Iterable[Encoded], logits: Callable[[Batch], torch.Tenso
         if not anchors:
             continue
         row = with_masks(ids, torch.zeros(len(ids), dtype=torch.int64), torch.arange(len(ids)), labels, torch.tensor(anchors), size, mask_id)
-        made = logits(row)[0].float().cpu()
-        made[:, mask_id] = float("-inf")
-        shape = (len(anchors), size)
-        result.add(made[row.clean:].view(*shape, -1), made[row.same_token[0]].view(*shape, -1), (row.labels[0, row.clean:] != NO_LABEL).view(shape))
+        made, wanted = logits(row)[0], row.labels[0, row.clean :] != NO_LABEL
+        for first in range(0, len(wanted), _ROWS * size):
+            part = slice(first, first + _ROWS * size)
+            drafts, verifiers = (rows.float().index_fill(1, _at(mask_id, rows), float("-inf")) for rows in (made[row.clean :][part], made[row.same_token[0][part]]))
+            result.add(drafts.view(-1, size, drafts.shape[1]), verifiers.view(-1, size, drafts.shape[1]), wanted[part].view(-1, size))
     return result
+
+
+def _at(column: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([column], device=like.device)

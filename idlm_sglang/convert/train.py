@@ -151,7 +151,8 @@ def _edit(path: Path, entries: dict[str, Any]) -> None:
 
 
 def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
-    """Train as planned and write OUT. :class:`SettingError` for a plan that cannot be followed, :class:`Failed` for a loss that is no number."""
+    """Train as planned and write OUT. :class:`SettingError` for a plan that cannot be followed, :class:`Failed` for a loss that is no number,
+    or memory that is not enough."""
     device = _device(plan)
     source = chats.read(plan.data)
     config, tokenizer = base.load_config(plan.base), base.load_tokenizer(plan.base)
@@ -182,6 +183,8 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush
             trainer.restore(reached)
             tell(f"going on behind step {trainer.step}")
         trainer.run(tell, lambda: bool(interrupted))
+    except torch.OutOfMemoryError:
+        raise Failed(f"{device} has not enough memory for --rows {plan.rows} of --length {plan.length}; fewer or shorter ones need less (in another --out)") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

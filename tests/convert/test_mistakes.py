@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from idlm_sglang.config import SettingError
 from idlm_sglang.convert import base as bases
-from idlm_sglang.convert import chats
+from idlm_sglang.convert import chats, train
 from idlm_sglang.serving.cli import main
 
 CHAT = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]})
@@ -111,3 +112,12 @@ def test_out(capsys, base, data, tmp_path):
     assert main(["convert", *line, "--out", str(tmp_path / "new")]) == 0
     code, said = _refused(capsys, *line, "--out", str(tmp_path / "new"))
     assert code == 2 and "holds a finished training" in said
+
+
+def test_a_device_that_is_too_small(capsys, base, data, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "run", full)
+    code, line = _refused(capsys, str(base), "--data", str(data), "--out", str(tmp_path / "out"), "--rows", "3", "--length", "64", "--steps", "1", "--device", "cpu")
+    assert code == 1 and "cpu has not enough memory for --rows 3 of --length 64" in line
