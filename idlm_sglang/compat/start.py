@@ -60,6 +60,9 @@ def serve_as_idlm(config, server_args, *_, **kwargs) -> None:
     # Under an adapter the answers are the base model's own, and its AR serving takes MASK for a token like any other.
     hf.idlm_keeps_mask = lora is not None and checkpoint.AR_ARCHITECTURE in names
     hf.architectures = [checkpoint.ARCHITECTURE]
+    if "flashinfer" in (cfg.attention_backend, cfg.prefill_attention_backend, cfg.decode_attention_backend):
+        # SGLang gives models of this kind more, by the name that is gone now.
+        os.environ.setdefault("SGLANG_FLASHINFER_WORKSPACE_SIZE", str(512 << 20))
 
 
 def model_class_on_demand(*args, **kwargs) -> None:

@@ -90,6 +90,11 @@ def test_each_replica_serves_as_many_requests_as_one_server(found):
     assert found["replicas"]["resolved"]["max_running_requests"] == 64
 
 
+def test_flashinfer_has_the_workspace_of_a_qwen3_model(found):
+    assert found["flashinfer"]["environ"].get("SGLANG_FLASHINFER_WORKSPACE_SIZE") == str(512 << 20)
+    assert "SGLANG_FLASHINFER_WORKSPACE_SIZE" not in found["isd"]["environ"]
+
+
 def test_float32_is_float32(found):
     wanted = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch", "TRITON_F32_DEFAULT": "ieee"}
 
