@@ -47,7 +47,7 @@ def verify_input_of_dummies(result, spec_algorithm, custom_mask, num_tokens_per_
 def room_behind_context(backend, *, resolved, **_) -> None:
     """What: ``_build_resolved_backend``'s Triton attention takes a request to have up to W columns more than the context.
     Why: where the lengths are on the device alone, the list of a forward's columns is sized by the context; a step behind one whose result is
-    not known yet may begin up to N - 5 columns further, and they would be written behind the list.
+    not known yet may begin some columns further, fewer than N,, and they would be written behind the list.
     Guard: the hook applied; a test on SGLang's own classes.
     Goes when: SGLang sizes the list by what a speculative step may have committed.
     """

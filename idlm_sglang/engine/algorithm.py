@@ -233,6 +233,9 @@ class IsdAlgorithm(CustomSpecAlgo):
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         if graphs == OFF:
             disable_decode_graphs(server_args)
+        if server_args.tp_size > 1:
+            # SGLang's own switch for what its sampler draws; for what a strided step draws there is engine.ranks.
+            os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "true")
 
 
 def resolve_graphs(asked: str, server_args) -> str:

@@ -2,7 +2,8 @@
 
 Each rank has the same logits and the same noise, so that each finds the same ones. Where one rank's library rounds another way, ranks that went on
 with their own would feed different rows into one sharded forward: wrong answers, and lengths that no longer fit. One small
-broadcast on the device a step, which nothing waits for, rules that out, as in SGLang's own speculative workers.
+broadcast on the device a strided step, and one behind a prompt, rules that out. What SGLang's sampler draws (a prompt's token, stride 1) it
+brings together itself, where ``SYNC_TOKEN_IDS_ACROSS_TP`` says so: under ISD it does (``engine.algorithm``).
 """
 
 from dataclasses import replace
@@ -42,4 +43,4 @@ class Ranks:
         columns = [value.view(len(value), -1).to(torch.int64) for value in values]
         shared = self._group.broadcast(torch.cat(columns, dim=1), src=0)
         parts = shared.split([column.shape[1] for column in columns], dim=1)
-        return [part.to(value.dtype).reshape(value.shape) for part, value in zip(parts, values)]
+        return [part.reshape(value.shape).to(value.dtype).contiguous() for part, value in zip(parts, values)]

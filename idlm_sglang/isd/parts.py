@@ -16,8 +16,8 @@ CELLS = 1 << 26
 
 def parts(batch: int, cells: int) -> Iterator[slice]:
     """Slices of ``batch`` requests that have ``cells`` logits each, of about equal size: :data:`CELLS` at most, but one request."""
-    count = min(max(-(-batch * cells // CELLS), 1), max(batch, 1))
-    size = max(-(-batch // count), 1)
+    most = max(CELLS // max(cells, 1), 1)
+    size = max(-(-batch // max(-(-batch // most), 1)), 1)
     return (slice(first, min(first + size, batch)) for first in range(0, batch, size))
 
 

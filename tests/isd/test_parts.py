@@ -50,6 +50,7 @@ def test_a_step_in_parts_is_the_step(monkeypatch, at_once, kinds):
 def test_a_request_larger_than_a_part_goes_by_itself(monkeypatch):
     monkeypatch.setattr(parts, "CELLS", 10)
     assert list(parts.parts(3, 1000)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(parts.parts(3, 6)) == [slice(0, 1), slice(1, 2), slice(2, 3)], "two would be more than a part"
     assert list(parts.parts(0, 1000)) == [] and list(parts.parts(5, 2)) == [slice(0, 5)] and list(parts.parts(6, 2)) == [slice(0, 3), slice(3, 6)]
 
 
