@@ -35,18 +35,21 @@ def check_architecture(architectures: list[str] | None) -> str:
 
 
 def check_weights(path: Path) -> None:
-    """Every safetensors file of a checkpoint on disk is there, and as long as its header says; no weight is read.
+    """Every safetensors file of a checkpoint on disk that is loaded is there, and as long as its header says; no weight is read.
 
     Raises:
-        SettingError: no weights, a shard that the index names and the directory lacks, or a file that was cut off.
+        SettingError: no weights, an index that cannot be read, a shard that it names and the directory lacks, or a file that was cut off.
     """
     from safetensors import SafetensorError, safe_open
 
     index = path / WEIGHTS_INDEX
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SettingError(f"{index} cannot be read; allowed: the index of a checkpoint in safetensors, or none") from None
     if missing := sorted(name for name in shards if not (path / name).is_file()):
         raise SettingError(f"{path} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}, which its {WEIGHTS_INDEX} names; allowed: a complete checkpoint")
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path / name for name in shards) or sorted(path.glob("*.safetensors"))
     if not files and not any(file.suffix in OTHER_WEIGHTS for file in path.iterdir()):
         raise SettingError(f"{path} holds no weights; allowed: a checkpoint with *.safetensors, or --load-format dummy")
     for file in files:

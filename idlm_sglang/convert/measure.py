@@ -10,7 +10,7 @@ from idlm_sglang.isd.stride import tokens_per_round
 
 
 # Blocks whose distributions are made at a time, on the device of their logits.
-_ROWS = 64
+_BLOCKS = 64
 
 
 class Acceptance:
@@ -54,8 +54,8 @@ def on_answers(encoded: Iterable[Encoded], logits: Callable[[Batch], torch.Tenso
             continue
         row = with_masks(ids, torch.zeros(len(ids), dtype=torch.int64), torch.arange(len(ids)), labels, torch.tensor(anchors), size, mask_id)
         made, wanted = logits(row)[0], row.labels[0, row.clean :] != NO_LABEL
-        for first in range(0, len(wanted), _ROWS * size):
-            part = slice(first, first + _ROWS * size)
+        for first in range(0, len(wanted), _BLOCKS * size):
+            part = slice(first, first + _BLOCKS * size)
             drafts, verifiers = (rows.float().index_fill(1, _at(mask_id, rows), float("-inf")) for rows in (made[row.clean :][part], made[row.same_token[0][part]]))
             result.add(drafts.view(-1, size, drafts.shape[1]), verifiers.view(-1, size, drafts.shape[1]), wanted[part].view(-1, size))
     return result

@@ -4,8 +4,8 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +166,15 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush
     weights = torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 and not plan.full else torch.float32
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    model = base.load_model(plan.base, config, device, weights)
+    with _enough_memory(device, "the weights of BASE"):
+        model = base.load_model(plan.base, config, device, weights)
     interrupted: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: interrupted.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if plan.self_distill:
             answer = distill.answers_of(model, tokenizer, encoder, mask_id, plan.temperature, plan.length)
-            source = distill.regenerate(source, plan.out / distill.FILE, answer, plan.seed, lambda line: _told(tell, line, interrupted))
+            with _enough_memory(device, f"answers of --length {plan.length}"):
+                source = distill.regenerate(source, plan.out / distill.FILE, answer, plan.seed, lambda line: _told(tell, line, interrupted))
         training, held_out = chats.split(source, plan.held_out, plan.seed)
         parameters = sum(p.numel() for p in model.parameters())
         trainer = Trainer(plan, model, mask_id, chats.Stream(training, encoder, plan.length, plan.seed), dtype)
@@ -182,16 +184,26 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: print(line, flush
         if reached:
             trainer.restore(reached)
             tell(f"going on behind step {trainer.step}")
-        trainer.run(tell, lambda: bool(interrupted))
-    except torch.OutOfMemoryError:
-        raise Failed(f"{device} has not enough memory for --rows {plan.rows} of --length {plan.length}; fewer or shorter ones need less (in another --out)") from None
+        with _enough_memory(device, f"--rows {plan.rows} of --length {plan.length}"):
+            trainer.run(tell, lambda: bool(interrupted))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     trainer.save(tokenizer)
-    _measure(trainer, [encoder(messages) for messages in held_out[:MEASURED]], tell)
+    try:
+        _measure(trainer, [encoder(messages) for messages in held_out[:MEASURED]], tell)
+    except torch.OutOfMemoryError:
+        tell(f"held out: not measured, {device} has not enough memory; what was trained is saved")
     state.finish(plan)
     tell(f"wrote {plan.out}; to serve it: " + (f"idlm serve {plan.out}" if plan.full else f"idlm serve {plan.base} --idlm-lora {plan.out}"))
+
+
+@contextmanager
+def _enough_memory(device: torch.device, wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise Failed(f"{device} has not enough memory for {wanted}") from None
 
 
 def _measure(trainer: Trainer, held_out: list[chats.Encoded], tell: Callable[[str], None]) -> None:

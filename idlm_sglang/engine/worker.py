@@ -69,7 +69,7 @@ class IsdWorker(BaseSpecWorker):
         if self.model_runner.kv_cache_dtype != self.model_runner.dtype:
             # As for --kv-cache-dtype in engine.algorithm; a checkpoint may ask for it, too.
             kinds = [str(kind).removeprefix("torch.") for kind in (self.model_runner.kv_cache_dtype, self.model_runner.dtype)]
-            raise SettingError(f"a KV cache in {kinds[0]} cannot be served with --speculative-algorithm {ALGORITHM}; allowed: --kv-cache-dtype {kinds[1]}, the model's own")
+            raise SettingError(f"a KV cache in {kinds[0]} cannot be served with --speculative-algorithm {ALGORITHM}; allowed: one in {kinds[1]}, the model's own (--kv-cache-dtype auto)")
         self.device = target_worker.device
         self.settings = replace(handed_down(), strided_grammars=get_exec().kernel.grammar_backend in STRIDED_BACKENDS)
         self.ops = step_ops(self.settings.step_ops)

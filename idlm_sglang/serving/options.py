@@ -95,7 +95,7 @@ def resolve(own: Namespace, sglang_argv: Sequence[str], log_to_terminal: bool) -
     if own.ar or (words.value(_ALGORITHM) or ALGORITHM).upper() != ALGORITHM:
         # ISD has this default itself; both arms of a comparison should admit as many requests.
         # SGLang divides it among the ranks of data-parallel attention, and gives it to each replica elsewhere.
-        ranks = words.value(*_DP) or "1" if words.value("--enable-dp-attention") is not None else "1"
+        ranks = words.value(*_DP) or "1" if words.value("--enable-dp-attention") not in (None, "False") else "1"
         default(("--max-running-requests",), str(DEFAULT_CONCURRENCY * (int(ranks) if ranks.isdigit() else 1)))
     if not own.no_metrics:
         default(("--enable-metrics",))

@@ -41,10 +41,11 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     make("mask_outside", {"mask_token_id": 5000})
     make("published", {"architectures": ["SDARForCausalLM"], "model_type": "sdar"})
     make("llama", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    for name in ("cut_off", "without_weights", "without_a_shard"):
+    for name in ("cut_off", "without_weights", "without_a_shard", "without_an_index"):
         make(name, {})
         (Path(made[name]) / "model.safetensors").unlink()
     (Path(made["cut_off"]) / "model.safetensors").write_bytes((CHECKPOINT_DIR / "model.safetensors").read_bytes()[:-1000])
+    (Path(made["without_an_index"]) / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1")
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (Path(made["without_a_shard"]) / "model.safetensors.index.json").write_text(json.dumps(index))
     made["adapter"] = write_adapter(tmp_path_factory.mktemp("a"), CHECKPOINT_DIR)

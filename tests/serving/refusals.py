@@ -99,6 +99,7 @@ CASES = (
     Case((), ("model.safetensors cannot be read (", "; allowed: a complete safetensors file"), model="cut_off"),
     Case((), ("holds no weights; allowed: ", "--load-format dummy"), model="without_weights"),
     Case((), ("lacks model-00002-of-00002.safetensors", "; allowed: a complete checkpoint"), model="without_a_shard"),
+    Case((), ("model.safetensors.index.json cannot be read; allowed: ",), model="without_an_index"),
     # Adapters; the paths are names in the `checkpoints` fixture.
     Case((), ("IDLM_LORA=/no/such is not a directory", "; allowed: "), environ={"IDLM_LORA": "/no/such"}),
     Case((), ("layer 1: lora_B of v_proj holds NaN", "; allowed: finite weights"), environ={"IDLM_LORA": "nan_adapter"}),
