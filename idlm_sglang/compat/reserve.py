@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from idlm_sglang.compat.running import is_isd
-from idlm_sglang.engine.reserve import allocated, columns, in_hand, to_spare
+from idlm_sglang.engine.reserve import allocated, columns, in_hand, need_alone, to_spare
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,14 @@ def _preempts() -> bool:
 def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
     """What: ``ScheduleBatch._new_tokens_required_next_decode_spec_v2`` estimates under that reserve.
     Why: with the hook above; a need estimated too low would end the server at the allocation. Pages of one token need no rounding,
-    which takes most of SGLang's time here, in every step.
-    Guard: with the hook above; a test compares both sums.
+    which takes most of SGLang's time here, in every step. The last request that is left takes narrower steps where the pool comes to its end: SGLang would
+    abort it for want of a step's columns, where AR goes on.
+    Guard: with the hook above; tests compare both sums, and let an answer grow to the pool's end.
     Goes when: with the hook above.
     """
     ahead = _ahead(requests, batch.enable_overlap)
+    if ahead is not None and len(requests) == 1:
+        return need_alone(batch, requests[0], page_size)
     if page_size == 1 and ahead is not None:
         return sum(max(req.kv.kv_committed_len + ahead - req.kv.kv_allocated_len, 0) for req in requests)
     return _reserving(ahead, original, batch, requests, page_size)

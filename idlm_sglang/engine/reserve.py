@@ -30,6 +30,34 @@ def allocated(batch) -> None:
         note_columns(batch)
 
 
+def need_alone(batch, req, page_size: int) -> int:
+    """KV slots to be taken for the next step of the one request that is left. Where the pool has fewer the request's steps are narrowed, as far as one token:
+    so its answer may grow to the pool's end, as in AR."""
+    pool, narrowed = batch.token_to_kv_pool_allocator, room_of([req]) is not None
+    if narrowed:
+        req.idlm_room = None
+    need = _need(req, ahead := columns([req], batch.enable_overlap), page_size)
+    if need == 0 or need <= (free := pool.available_size() + batch.tree_cache.evictable_size()):
+        return need
+    room = (ahead - 1) // 2
+    while need > free and room > 0:
+        room -= 1
+        req.idlm_room = room
+        need = _need(req, columns([req], batch.enable_overlap), page_size)
+    return need
+
+
+def room_of(reqs) -> int | None:
+    """The most drafts that there is room for, where :func:`need_alone` found the pool short; None: any number."""
+    return getattr(reqs[0], "idlm_room", None) if len(reqs) == 1 else None
+
+
+def _need(req, ahead: int, page_size: int) -> int:
+    kv = req.kv
+    whole = [-(-length // page_size) * page_size for length in (kv.kv_committed_len + ahead, kv.kv_allocated_len)]
+    return max(whole[0] - whole[1], 0)
+
+
 def in_hand(reqs, ahead: int, page_size: int) -> bool:
     """Whether every request has ``ahead`` columns behind its committed ones already, in whole pages."""
     return all(req.kv.kv_allocated_len >= -(-(req.kv.kv_committed_len + ahead) // page_size) * page_size for req in reqs)

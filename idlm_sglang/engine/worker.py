@@ -199,6 +199,8 @@ class IsdWorker(BaseSpecWorker):
         drafts = 0
         if self.stride > 1 or not all(map(_follows_server, reqs)):
             drafts = max((stride_limit(plan_of(req, self.settings, self.server_seed), self.settings, self.stride) for req in reqs), default=0)
+            room = reserve.room_of(reqs)
+            drafts = drafts if room is None else min(drafts, room)
         return 2 * drafts + 1 + (self._in_flight if overlap else 0)
 
     # A decode step in a prefill's forward (engine.beside), asked for by compat.beside.
@@ -253,12 +255,13 @@ class IsdWorker(BaseSpecWorker):
     def rows_of(self, batch) -> BatchRows:
         """The requests of a decode batch, or of a prefill batch that gets its first drafts."""
         plans = [plan_of(req, self.settings, self.server_seed) for req in batch.reqs]
-        stride = self.stride_for(len(plans))
-        key = (stride, *(plan.number for plan in plans))
+        stride, most, room = self.stride_for(len(plans)), self._most_for(len(plans)), reserve.room_of(batch.reqs)
+        most = most if room is None else min(most, room + 1)
+        key = (stride, most, *(plan.number for plan in plans))
         if key not in self._rows:
             if len(self._rows) == _KEPT_ROWS:
                 self._rows.pop(next(iter(self._rows)))
-            self._rows[key] = BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device, self._most_for(len(plans)))
+            self._rows[key] = BatchRows(batch.reqs, plans, self.settings, stride, self.vocab, self.device, most)
         return self._rows[key]
 
     def _extend(self, batch, on_publish):

@@ -56,6 +56,19 @@ def test_retraction_and_disconnects_do_not_change_answers(ar, isd_tight):
 
 
 @pytest.mark.parity("lifecycle")
+@pytest.mark.parametrize("stride", [8, None])
+def test_an_answer_may_grow_to_the_end_of_the_pool(ar, isd_tight, stride):
+    """The last columns are fewer than a step's rows."""
+    wait_idle(isd_tight)
+    call = {"prompt": prompts(1, seed=53)[0], "temperature": 0, "ignore_eos": True, "max_new_tokens": 1200}
+    got = isd_tight.generate(**call, **({} if stride is None else {"stride": stride}))
+    tokens = got["meta_info"]["prompt_tokens"] + got["meta_info"]["completion_tokens"]
+    assert got["meta_info"]["finish_reason"]["type"] == "length" and tokens >= 1200 - 2, got["meta_info"]
+    assert not differing([ar.generate(**call | {"max_new_tokens": got["meta_info"]["completion_tokens"]})], [got])
+    wait_idle(isd_tight)
+
+
+@pytest.mark.parity("lifecycle")
 def test_every_slot_is_free_after_mixed_requests_with_aborts(isd_tight):
     """SGLang checks its own pools when idle and dies on a leak; afterwards a flush must give back the whole pool."""
     from concurrent.futures import ThreadPoolExecutor
