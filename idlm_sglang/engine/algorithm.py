@@ -81,9 +81,6 @@ def refuse_unserved(server_args) -> None:
         # It leaves next to nothing for steps that are not captured, and the cache is there only behind the time at which steps are measured in it.
         raise SettingError(f"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1 cannot be combined with --speculative-algorithm {ALGORITHM}; allowed: 0, or unset")
     if not accelerator_available():
-        # Its masks, for requests without a grammar of their own, have no CPU path; the first request would end the server.
-        if server_args.enable_strict_thinking:
-            raise SettingError("--enable-strict-thinking True cannot be served on a CPU; allowed: off")
         return  # The CPU platform says which attention backends it has.
     for field in BACKEND_FIELDS:
         value = getattr(server_args, field)

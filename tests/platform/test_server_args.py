@@ -34,6 +34,9 @@ def _applied(**given):
             "tp_size": 1,
             "dp_size": 1,
             "nnodes": 1,
+            "enable_memory_saver": False,
+            "enable_forward_pass_metrics": False,
+            "enable_strict_thinking": False,
         }
         | given
     )
@@ -75,6 +78,7 @@ def test_a_core_is_left_to_the_other_processes_unless_told_otherwise(monkeypatch
     monkeypatch.setattr(cores, "_QUOTA", tmp_path / ("cpu.max" if quota else "none"))
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr(cores.psutil, "cpu_count", lambda logical: None if logical else physical)
+    monkeypatch.setattr("sglang.srt.utils.common.get_cpu_ids_by_node", lambda: ["0", "1", "2", "3"])
     _applied(tp_size=ranks)
     assert os.environ["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -89,6 +93,23 @@ def test_scheduling_does_not_overlap_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv(cpu.OVERLAP_VARIABLE, "yes")
     with pytest.raises(ValueError, match="IDLM_CPU_OVERLAP='yes' is not valid; allowed: 0, 1"):
         _applied()
+
+
+@pytest.mark.parametrize("field", ["enable_memory_saver", "enable_forward_pass_metrics", "enable_strict_thinking"])
+def test_what_needs_a_gpu_is_refused(field):
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} True cannot be served on a CPU; allowed: off"):
+        _applied(**{field: True})
+
+
+def test_ranks_have_a_numa_node_or_cores_of_their_own(monkeypatch):
+    monkeypatch.setattr("sglang.srt.utils.common.get_cpu_ids_by_node", lambda: ["0,1"])
+    monkeypatch.delenv(cpu._BIND, raising=False)
+    with pytest.raises(ValueError, match=r"2 ranks on one machine, and this machine has 1 NUMA node; allowed: .*SGLANG_CPU_OMP_THREADS_BIND with the cores of each, such as '0\|1'"):
+        _applied(dp_size=2)
+    monkeypatch.setenv(cpu._BIND, "0|1")
+    _applied(dp_size=2), _applied(tp_size=2)
+    with pytest.raises(ValueError, match=r"4 ranks on one machine, and SGLANG_CPU_OMP_THREADS_BIND=0\|1 names the cores of fewer"):
+        _applied(dp_size=2, tp_size=2)
 
 
 def test_another_device_is_refused():

@@ -109,6 +109,8 @@ CASES = (
     Case(("--enable-lora",), ("--enable-lora True", "; allowed: off"), environ={"IDLM_LORA": "adapter"}),
     Case(("--speculative-algorithm", "NGRAM"), ("IDLM_LORA=", "--speculative-algorithm NGRAM", "; allowed: --speculative-algorithm ISD"), environ={"IDLM_LORA": "adapter"}),
     # What this machine lacks.
+    Case(("--enable-memory-saver",), ("--enable-memory-saver True", "on a CPU", "; allowed: off"), cpu_only=True),
+    Case(("--enable-forward-pass-metrics",), ("--enable-forward-pass-metrics True", "on a CPU", "; allowed: off"), cpu_only=True),
     Case(("--device", "cuda"), ("--device cuda", "; allowed: cpu"), cpu_only=True),
     Case(("--attention-backend", "flashinfer"), ("--attention-backend flashinfer", "; allowed: torch_native"), cpu_only=True),
     Case((), ("IDLM_STEP_OPS=triton", "without one; allowed: auto, torch, or TRITON_INTERPRET=1"), environ={"IDLM_STEP_OPS": "triton"}, cpu_only=True),
