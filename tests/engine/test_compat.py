@@ -120,7 +120,8 @@ class _Config(SimpleNamespace):
 def mapped(architectures, **args):
     """The architectures and MASK that serve_as_idlm leaves for a checkpoint of these architectures."""
     fields = {"speculative_algorithm": None, "dllm_algorithm": None, "tokenizer_path": None, "model_path": "x"}
-    fields |= {"trust_remote_code": False, "revision": None, "skip_tokenizer_init": True, "device": "cpu"} | args
+    fields |= {"trust_remote_code": False, "revision": None, "skip_tokenizer_init": True, "device": "cpu"}
+    fields |= {"attention_backend": None, "prefill_attention_backend": None, "decode_attention_backend": None} | args
     hf = SimpleNamespace(architectures=list(architectures), mask_token_id=3, vocab_size=10)
     compat.serve_as_idlm(_Config(hf_config=hf), SimpleNamespace(**fields))
     return hf.architectures

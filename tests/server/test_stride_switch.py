@@ -72,19 +72,16 @@ def test_a_stride_can_be_forced_and_left_to_the_server_again(isd, isd_tight):
 
 
 @pytest.mark.parametrize("stride", [1, 8])
-def test_at_stride_1_a_request_may_fill_the_whole_kv_pool_as_in_ar(ar, isd_tight, stride):
-    """1194 of 1200 columns; at stride 8 the rows of the last steps find no room."""
+def test_a_request_may_fill_the_whole_kv_pool_as_in_ar(ar, isd_tight, stride):
+    """1194 of 1200 columns; at stride 8 the last steps are narrower."""
     params = {"temperature": 0, "max_new_tokens": 94, "ignore_eos": True}
     body = {"input_ids": [500 + i % 97 for i in range(1100)], "sampling_params": params}
     switch(isd_tight, stride)
     try:
-        reply = isd_tight.post("/generate", body)
+        answer = isd_tight.post("/generate", body).json()
     finally:
         switch(isd_tight, 0)
-    if stride == 1:
-        assert ids(reply.json()) == ids(ar.post("/generate", body).json()) and len(ids(reply.json())) == 94
-    else:
-        assert reply.status_code == 500 and "memory" in reply.text, reply.text
+    assert ids(answer) == ids(ar.post("/generate", body).json()) and len(ids(answer)) == 94
 
 
 @pytest.mark.parametrize("value", [0, 17, -1, 2.5, "four"])

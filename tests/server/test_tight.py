@@ -157,7 +157,7 @@ def a_prompt_in_chunks_beside_one_long_answer(ar, server):
     from concurrent.futures import ThreadPoolExecutor
 
     long = {"prompt": [5, 6, 7], "temperature": 0, "max_new_tokens": 600, "logit_bias": {"2": -100}, "stride": 4}
-    chunked = [{"prompt": random.Random(i).choices(range(300, 1000), k=random.Random(i).randrange(300, 600)), "temperature": 0, "max_new_tokens": 2} for i in range(80)]
+    chunked = [{"prompt": random.Random(i).choices(range(300, 1000), k=random.Random(i).randrange(300, 600)), "temperature": 0, "max_new_tokens": 2} for i in range(400)]
     want, found = ar.many([{**long, "stride": None}], 1), 0
     with ThreadPoolExecutor(1) as pool:
         while not found:
@@ -167,7 +167,7 @@ def a_prompt_in_chunks_beside_one_long_answer(ar, server):
                 server.many([chunked.pop()], 1)
             assert not differing(want, answer.result())
             found = server.log.read_text(errors="replace").count("is not aborted but retracted")
-    print(f"{found} times a long answer was retracted for a prompt's chunks")
+    print(f"{found} times a long answer was retracted for a prompt's chunks, {len(chunked)} prompts left")
 
 
 @pytest.mark.parametrize("small", ["small_1", "small_64"])
