@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from idlm_sglang.compat.running import is_isd
-from idlm_sglang.engine.reserve import allocated, columns, in_hand, need_alone, to_spare
+from idlm_sglang.engine.reserve import allocated, columns, in_hand, need_alone, to_spare, widen
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,9 @@ def need_in_use(original: Callable, batch, requests, page_size: int) -> int:
     Guard: with the hook above; tests compare both sums, and let an answer grow to the pool's end.
     Goes when: with the hook above.
     """
-    ahead = _ahead(requests, batch.enable_overlap)
-    if ahead is not None and len(requests) == 1:
+    if len(requests) == 1 and is_isd():
         return need_alone(batch, requests[0], page_size)
+    ahead = _ahead(requests, batch.enable_overlap)
     if page_size == 1 and ahead is not None:
         return sum(max(req.kv.kv_committed_len + ahead - req.kv.kv_allocated_len, 0) for req in requests)
     return _reserving(ahead, original, batch, requests, page_size)
@@ -93,6 +93,7 @@ def room_for_masks(_, batch) -> None:
         return
     from idlm_sglang.engine.warm import reserve
 
+    widen(batch.reqs)
     _reserving(_ahead(batch.reqs, batch.enable_overlap), reserve, batch)
 
 

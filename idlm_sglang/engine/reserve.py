@@ -33,9 +33,8 @@ def allocated(batch) -> None:
 def need_alone(batch, req, page_size: int) -> int:
     """KV slots to be taken for the next step of the one request that is left. Where the pool has fewer the request's steps are narrowed, as far as one token:
     so its answer may grow to the pool's end, as in AR."""
-    pool, narrowed = batch.token_to_kv_pool_allocator, room_of([req]) is not None
-    if narrowed:
-        req.idlm_room = None
+    pool = batch.token_to_kv_pool_allocator
+    req.idlm_room = None
     need = _need(req, ahead := columns([req], batch.enable_overlap), page_size)
     if need == 0 or need <= (free := pool.available_size() + batch.tree_cache.evictable_size()):
         return need
@@ -45,6 +44,12 @@ def need_alone(batch, req, page_size: int) -> int:
         req.idlm_room = room
         need = _need(req, columns([req], batch.enable_overlap), page_size)
     return need
+
+
+def widen(reqs) -> None:
+    """Requests that are prefilled, anew perhaps, are as wide as any."""
+    for req in reqs:
+        req.idlm_room = None
 
 
 def room_of(reqs) -> int | None:

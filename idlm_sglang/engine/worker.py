@@ -227,7 +227,7 @@ class IsdWorker(BaseSpecWorker):
         self._in_flight = rows.drafts + 1
         self.strides.step(self._in_flight)
         result, self._done = self._done, None
-        chosen = control is not None and self.auto and rows.follows
+        chosen = control is not None and self.auto and rows.follows and reserve.room_of(batch.reqs) is None
         if control is not None and not chosen:
             control.other()
         if result is not None:

@@ -30,7 +30,7 @@ OVERLAP_VARIABLE = "IDLM_CPU_OVERLAP"
 _BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
 # What SGLang would reach for a GPU with: at its start, or at the first request.
-_NEEDS_A_GPU = ("enable_memory_saver", "enable_forward_pass_metrics", "enable_strict_thinking")
+_NEEDS_A_GPU = ("enable_memory_saver", "enable_forward_pass_metrics")
 
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
@@ -53,6 +53,9 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         for field in _NEEDS_A_GPU:
             if getattr(server_args, field):
                 raise SettingError(f"--{field.replace('_', '-')} True cannot be served on a CPU; allowed: off")
+        if server_args.enable_strict_thinking and server_args.reasoning_parser:
+            # Its masks, for requests without a grammar of their own, have no CPU path.
+            raise SettingError("--enable-strict-thinking True cannot be served on a CPU with --reasoning-parser; allowed: off")
         # SGLang has already put its AMX backend there when the user named none; its kernels are not installed.
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
@@ -66,7 +69,7 @@ class IdlmCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
         ranks = max(server_args.tp_size * server_args.dp_size // server_args.nnodes, 1)
-        _check_cores(ranks)
+        _check_cores(ranks, server_args.tp_size * server_args.dp_size * server_args.pp_size)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(ranks)))
         for field, default in (
             ("max_total_tokens", DEFAULT_MAX_TOTAL_TOKENS),
@@ -126,15 +129,15 @@ def _switch(name: str) -> bool:
     return value == "1"
 
 
-def _check_cores(ranks: int) -> None:
-    """SGLang asserts this in each rank, of which the log then says that it died."""
+def _check_cores(ranks: int, all_ranks: int) -> None:
+    """SGLang asserts this in each rank, of which the log then says that it died; without cores named for each it counts the ranks of all machines."""
     from sglang.srt.utils.common import get_cpu_ids_by_node  # which imports the platform
 
     nodes, bound = len(get_cpu_ids_by_node()), os.environ.get(_BIND, "all")
-    if ranks > (nodes if bound == "all" else len(bound.split("|"))):
+    if (all_ranks > nodes) if bound == "all" else (ranks > len(bound.split("|"))):
         found = f"{_BIND}={bound} names the cores of fewer" if bound != "all" else f"this machine has {nodes} NUMA node{'s' if nodes > 1 else ''}"
         example = "|".join(map(str, range(ranks)))
-        raise SettingError(f"{ranks} ranks on one machine, and {found}; allowed: as many ranks as NUMA nodes, or {_BIND} with the cores of each, such as '{example}'")
+        raise SettingError(f"{all_ranks if bound == 'all' else ranks} ranks, and {found}; allowed: as many ranks as NUMA nodes, or {_BIND} with the cores of each, such as '{example}'")
 
 
 def _check_attention_backend(field: str, value: str | None) -> None:

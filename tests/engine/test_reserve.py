@@ -9,6 +9,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.speculative.eagle_utils import eagle_prepare_for_decode
 
 from idlm_sglang.compat import reserve as compat_reserve
+from idlm_sglang.engine import reserve
 from idlm_sglang.engine.reserve import AHEAD, to_spare
 from idlm_sglang.platform.page_table import assign_req_to_token
 
@@ -160,3 +161,37 @@ def test_no_request_is_given_columns_beyond_its_row(length, page):
     spare = to_spare(pool.batch, 7)
     assert 0 <= spare <= AHEAD and (spare == 0 or -(-(length + 7 + spare) // page) * page <= ROW)
     assert spare == AHEAD if length <= ROW - 60 else spare < AHEAD
+
+
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("evictable", [0, 5])
+def test_the_last_request_narrows_its_steps_as_far_as_the_pool_needs(monkeypatch, page, evictable):
+    def columns(reqs, overlap):
+        room = reserve.room_of(reqs)
+        return 2 * (7 if room is None else min(7, room)) + 1
+
+    monkeypatch.setattr(reserve, "columns", columns)
+    rng, narrowed = random.Random(4), set()
+    for _ in range(400):
+        held = rng.randrange(1, 6) * 16
+        req = SimpleNamespace(kv=SimpleNamespace(kv_allocated_len=held, kv_committed_len=held - rng.randrange(16)))
+        free = rng.randrange(0, 20) // page * page
+        batch = SimpleNamespace(
+            enable_overlap=False,
+            token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free),
+            tree_cache=SimpleNamespace(evictable_size=lambda: evictable // page * page),
+        )
+        room = free + evictable // page * page
+        need = reserve.need_alone(batch, req, page)
+        drafts = (columns([req], False) - 1) // 2
+        narrowed.add(drafts)
+        # The slots that SGLang will take for it, and the widest step that they are enough for.
+        whole = -(-(req.kv.kv_committed_len + 2 * drafts + 1) // page) * page
+        assert need == max(whole - req.kv.kv_allocated_len, 0)
+        assert need <= room or drafts == 0
+        if drafts < 7:
+            wider = -(-(req.kv.kv_committed_len + 2 * drafts + 3) // page) * page
+            assert wider - req.kv.kv_allocated_len > room
+        reserve.widen([req])
+        assert columns([req], False) == 15
+    assert 7 in narrowed and len(narrowed) > 1

@@ -37,6 +37,8 @@ def _applied(**given):
             "enable_memory_saver": False,
             "enable_forward_pass_metrics": False,
             "enable_strict_thinking": False,
+            "reasoning_parser": None,
+            "pp_size": 1,
         }
         | given
     )
@@ -95,20 +97,26 @@ def test_scheduling_does_not_overlap_unless_told_otherwise(monkeypatch):
         _applied()
 
 
-@pytest.mark.parametrize("field", ["enable_memory_saver", "enable_forward_pass_metrics", "enable_strict_thinking"])
+@pytest.mark.parametrize("field", ["enable_memory_saver", "enable_forward_pass_metrics"])
 def test_what_needs_a_gpu_is_refused(field):
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} True cannot be served on a CPU; allowed: off"):
         _applied(**{field: True})
 
 
+def test_strict_thinking_needs_a_gpu_where_a_parser_says_what_thinking_is():
+    _applied(enable_strict_thinking=True)
+    with pytest.raises(ValueError, match="--enable-strict-thinking True cannot be served on a CPU with --reasoning-parser; allowed: off"):
+        _applied(enable_strict_thinking=True, reasoning_parser="qwen3")
+
+
 def test_ranks_have_a_numa_node_or_cores_of_their_own(monkeypatch):
     monkeypatch.setattr("sglang.srt.utils.common.get_cpu_ids_by_node", lambda: ["0,1"])
     monkeypatch.delenv(cpu._BIND, raising=False)
-    with pytest.raises(ValueError, match=r"2 ranks on one machine, and this machine has 1 NUMA node; allowed: .*SGLANG_CPU_OMP_THREADS_BIND with the cores of each, such as '0\|1'"):
+    with pytest.raises(ValueError, match=r"2 ranks, and this machine has 1 NUMA node; allowed: .*SGLANG_CPU_OMP_THREADS_BIND with the cores of each, such as '0\|1'"):
         _applied(dp_size=2)
     monkeypatch.setenv(cpu._BIND, "0|1")
     _applied(dp_size=2), _applied(tp_size=2)
-    with pytest.raises(ValueError, match=r"4 ranks on one machine, and SGLANG_CPU_OMP_THREADS_BIND=0\|1 names the cores of fewer"):
+    with pytest.raises(ValueError, match=r"4 ranks, and SGLANG_CPU_OMP_THREADS_BIND=0\|1 names the cores of fewer"):
         _applied(dp_size=2, tp_size=2)
 
 
